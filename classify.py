@@ -1,0 +1,876 @@
+"""Train ResNet18 to classify pictures, test it, and use it: the whole pipeline in one file.
+
+    python classify.py --epochs 10                  CIFAR-10; without a network, digits
+    python classify.py --data PICTURES --epochs 10  your own pictures: PICTURES/CLASS/*.jpg
+    python classify.py --predict photo.jpg          with the best model so far
+
+It reads from top to bottom as the work goes: 1 data, 2 model, 3 loss and 4 optimizer, 5 training,
+6 evaluation, 7 prediction; then what is saved, several processes, what is said, flags, and `main`.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import math
+import os
+import shutil
+import socket
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets, models, utils
+from torchvision.transforms.v2 import functional as transforms
+
+NETWORK_TIMEOUT = 15  # seconds that a server may stay silent
+MOST_NAMED = 100  # unreadable files that are named one by one
+MOST_SHOWN = 32  # mistakes that are drawn
+ImageFile.LOAD_TRUNCATED_IMAGES = True  # a photo that breaks off is used as far as it goes
+
+
+class Problem(Exception):
+    """What stops the program, in one line that says what to do; `code` is the exit code."""
+
+    def __init__(self, message, code=2):
+        super().__init__(message.split("Problem: ")[-1].strip())  # loader workers add a traceback
+        self.code = code
+
+
+@contextlib.contextmanager
+def explain(message, code=2):
+    """Turn whatever fails in a block (networks, disks, strange files) into a `Problem`."""
+    try:
+        yield
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise Problem(f"{message} ({reason.strip().splitlines()[0][:200]})", code) from error
+
+
+# ---- 1. data: read, split, convert ---------------------------------------------------------------
+
+
+@dataclass
+class Pictures(Dataset):
+    """A data set. It holds pixels only, and an item is a whole batch, asked for by its indices.
+
+    pixels: uint8 N×H×W×3 in memory, or the paths of N files, decoded when they are asked for
+    labels: int64 N, positions in `classes`
+    parts:  the indices of "train", "val" and "test", which share no picture
+    mirror: whether a mirrored picture is still one of its class (a photo is, a digit is not)
+    size:   the side to which pictures are brought, in pixels
+    """
+
+    name: str
+    pixels: torch.Tensor | list
+    labels: torch.Tensor
+    parts: dict
+    classes: list
+    mirror: bool
+    size: int
+
+    def __getitem__(self, indices):
+        """Return uint8 B×3×H×W and labels B; raises `Problem` if a file cannot be decoded."""
+        if isinstance(self.pixels, torch.Tensor):
+            pixels = self.pixels[indices]
+        else:
+            files = [decode(self.pixels[index], self.size) for index in indices]
+            pixels = torch.from_numpy(np.stack(files))
+        return pixels.permute(0, 3, 1, 2), self.labels[indices]
+
+
+def read_data(name, size):
+    """Return the `Pictures` of a named set, of a folder, or for "auto" of the first to be had."""
+    if name == "auto":
+        try:
+            return read_data("cifar10", size)
+        except Problem as problem:
+            warn(f"{problem}\nTraining on drawn DIGITS instead, which say nothing about photos.")
+            return read_data("digits", size)
+    readers = {"cifar10": read_cifar, "cifar100": read_cifar, "digits": draw_digits}
+    pixels, labels, parts, classes = readers.get(name, read_folder)(name)
+    labels = torch.tensor(labels)
+    parts = split_off_missing(labels, parts, classes, name)
+    size = size or (32 if name in readers else 224)
+    return Pictures(name, pixels, labels, parts, classes, mirror=name != "digits", size=size)
+
+
+def read_cifar(name):
+    """Return pixels, labels, parts and classes of CIFAR-10 or CIFAR-100, fetched if need be."""
+    dataset = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    folder = Path("data").absolute()
+    with explain(f"{name} is not in {folder} and cannot be fetched; try later or use --data"):
+        train, test = (dataset(folder, train, download=True) for train in (True, False))
+    indices = torch.arange(len(train) + len(test))
+    parts = {"train": indices[: len(train)], "test": indices[len(train) :]}
+    pixels = torch.from_numpy(np.concatenate([train.data, test.data]))
+    return pixels, train.targets + test.targets, parts, train.classes
+
+
+def draw_digits(name):
+    """Return pixels, labels, parts and classes of 6,000 drawn pictures of the ten digits."""
+    fonts = [ImageFont.load_default(size) for size in range(18, 29)]
+    pixels, labels = [], [index % 10 for index in range(6000)]
+    streams = [np.random.default_rng(0)] * 5000 + [np.random.default_rng(1)] * 1000
+    for label, rng in zip(labels, streams):
+        glyph, font = Image.new("L", (32, 32)), fonts[rng.integers(len(fonts))]
+        place = tuple(rng.uniform(13, 19, 2))
+        ImageDraw.Draw(glyph).text(place, str(label), fill=255, font=font, anchor="mm")
+        glyph = glyph.rotate(rng.uniform(-20, 20), Image.Resampling.BILINEAR)
+        ink = np.asarray(glyph, dtype=np.float32)[:, :, None] / 255
+        dark_and_light = np.stack([rng.integers(0, 100, 3), rng.integers(156, 256, 3)])
+        front, back = rng.permutation(dark_and_light)
+        picture = front * ink + back * (1 - ink) + rng.normal(0, 12, (32, 32, 3))
+        pixels.append(picture.clip(0, 255).astype(np.uint8))
+    parts = {"train": torch.arange(5000), "test": torch.arange(5000, 6000)}
+    return torch.from_numpy(np.stack(pixels)), labels, parts, list("0123456789")
+
+
+def read_folder(root):
+    """Return paths, labels, parts and classes of ROOT/train|val|test/CLASS/* or ROOT/CLASS/*."""
+    root = Path(root)
+    folders = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
+    if "train" not in folders or not any(path.is_dir() for path in visible(root / "train")):
+        folders = {"train": root}
+    classes = [path.name for path in visible(folders["train"]) if path.is_dir()]
+    if len(classes) < 2:
+        raise Problem(f"{folders['train']} needs two or more folders of pictures, one for a class")
+    paths, labels, parts, broken = [], [], {}, []
+    for part, folder in folders.items():
+        odd = {path.name for path in visible(folder) if path.is_dir()} ^ set(classes)
+        if odd:
+            raise Problem(f"only one of {folders['train']} and {folder} has a class {min(odd)!r}")
+        start = len(paths)
+        for label, name in enumerate(classes):
+            reasons = {path: why_unreadable(path) for path in visible(folder / name)}
+            readable = [path for path, reason in reasons.items() if not reason]
+            broken += [f"{path}: {reason}" for path, reason in reasons.items() if reason]
+            if not readable:
+                raise Problem(f"there are no pictures in {folder / name}; add some or remove it")
+            paths += readable
+            labels += [label] * len(readable)
+        parts[part] = torch.arange(start, len(paths))
+    if broken:
+        more = ["and so on"] * (len(broken) > MOST_NAMED)
+        warn("\n".join([f"{len(broken)} files are left out:", *broken[:MOST_NAMED], *more]))
+    return paths, labels, parts, classes
+
+
+def visible(folder):
+    """Return the sorted entries of a folder that are not hidden."""
+    with explain(f"cannot read the folder {folder}"):
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def why_unreadable(path):
+    """Return why a file is no picture, as far as its header tells, or None."""
+    if not path.is_file():  # a pipe would never answer
+        return "not a file"
+    try:
+        with warnings.catch_warnings(), explain("no picture"):
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            Image.open(path).close()
+    except Problem as problem:
+        return str(problem)
+
+
+def decode(path, size):
+    """Return a picture as uint8 size×size×3: upright, its shorter side `size`, its middle."""
+    with explain(f"cannot read {path}"), warnings.catch_warnings(), Image.open(path) as image:
+        warnings.simplefilter("ignore")
+        image.draft("RGB", (size, size))  # lets the JPEG reader skip detail that is not needed
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+            image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 256))
+        return np.array(ImageOps.fit(image.convert("RGB"), (size, size)))
+
+
+def split_off_missing(labels, parts, classes, source):
+    """Split a tenth of each class off "train" for "val" and for "test", where they are missing."""
+    generator = torch.Generator().manual_seed(0)  # not --seed: the split is always the same
+    missing = [part for part in ("val", "test") if part not in parts]
+    pieces = {part: [] for part in (*missing, "train")}
+    for label, name in enumerate(classes):
+        own = parts["train"][labels[parts["train"]] == label]
+        tenth = max(1, round(len(own) / 10))
+        if len(own) <= tenth * len(missing):
+            raise Problem(f"{source}: class {name!r} has too few pictures to split ({len(own)})")
+        own = own[torch.randperm(len(own), generator=generator)]
+        for part in missing:
+            pieces[part].append(own[:tenth])
+            own = own[tenth:]
+        pieces["train"].append(own)
+    return parts | {part: torch.cat(indices) for part, indices in pieces.items()}
+
+
+def make_loader(pictures, workers, device):
+    """Return the one loader of a run. It reads what `load` puts into its list of batches."""
+    return DataLoader(
+        pictures,
+        batch_size=None,  # an item is a batch
+        sampler=[],
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # the global one is for training alone
+    )
+
+
+def load(loader, batches, device):
+    """Yield pixels (uint8 B×3×S×S) and labels (int64 B) on `device` for each list of indices."""
+    loader.sampler[:] = batches
+    size = loader.dataset.size
+    for pixels, labels in loader:
+        pixels = pixels.to(device, non_blocking=True)
+        if pixels.shape[-1] != size:
+            pixels = transforms.resize(pixels, [size, size])
+        yield pixels, labels.to(device, non_blocking=True)
+
+
+def augment(pixels, mirror):
+    """Shift each picture by up to an eighth of its side, repeating its edge; mirror half."""
+    count, side, device = len(pixels), pixels.shape[-1], pixels.device
+
+    def shifted():  # for each picture, which of its rows or columns goes where: count×side
+        shift = torch.randint(-(side // 8), side // 8 + 1, (count, 1), device=device)
+        return (torch.arange(side, device=device) + shift).clamp(0, side - 1)
+
+    rows, columns = shifted(), shifted()
+    if mirror:
+        columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns.flip(1), columns)
+    picture = torch.arange(count, device=device)[:, None, None]
+    return pixels[picture, :, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
+
+
+# ---- 2. model: ResNet18 with its head replaced ---------------------------------------------------
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3×3 convolution that leaves out the taps of its kernel which see nothing but padding.
+
+    At 32 px ResNet18 ends on maps of 2×2 and 1×1 pixels. Where the kernel has one place only, up
+    to eight of its nine taps multiply zeros, and the others are a plain matrix product: the same
+    outputs and gradients in half the time a step takes.
+    """
+
+    def forward(self, x):
+        """Return B×C×H×W for B×C×H×W."""
+        height, width = x.shape[2:]
+        if max(height, width) > self.stride[0]:
+            return super().forward(x)
+        # channels last, as they lie in memory: so the gradient needs no rearranging
+        x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)
+        seen = weight[:, 1 : 1 + height, 1 : 1 + width]
+        return nn.functional.linear(x.flatten(1), seen.flatten(1))[:, :, None, None]
+
+
+def build_model(num_classes, weights):
+    """Return a ResNet18 that gives B×num_classes logits for normalised B×3×H×W pictures.
+
+    weights: "none" for random ones, "imagenet" for torchvision's, from its cache or fetched;
+    raises `Problem` if these cannot be had. The `state_dict` is torchvision's, key for key.
+    """
+    model = models.resnet18()
+    if weights == "imagenet":
+        with explain("the ImageNet weights cannot be had; try later or use --weights none"):
+            pretrained = models.ResNet18_Weights.IMAGENET1K_V1
+            model.load_state_dict(pretrained.get_state_dict(check_hash=True, weights_only=True))
+    model.fc = nn.Linear(model.fc.in_features, num_classes)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.__class__ = Conv3x3  # the same parameters, another forward
+    return model.to(memory_format=torch.channels_last)
+
+
+def start_model(num_classes, weights, freeze):
+    """Return the model to train and what its weights are, "imagenet" or "none"."""
+    try:
+        start = "none" if weights == "none" else "imagenet"
+        model = build_model(num_classes, start)
+    except Problem as problem:
+        if weights != "auto" or freeze:
+            raise
+        warn(f"{problem}\nStarting from RANDOM weights instead, which need more pictures.")
+        start, model = "none", build_model(num_classes, "none")
+    model.requires_grad_(not freeze).fc.requires_grad_(True)
+    return model, start
+
+
+@functools.cache
+def input_statistics(device):
+    """Return the mean and deviation (3×1×1, of 0 to 255) that the ImageNet weights expect."""
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device)
+    return 255 * mean[:, None, None], 255 * deviation[:, None, None]
+
+
+def classify(model, pixels):
+    """Return the logits (float B×C) of uint8 pictures, by bfloat16 on CUDA cards that have it."""
+    mean, deviation = input_statistics(pixels.device)
+    cuda = pixels.device.type == "cuda"
+    able = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=able):
+        return model((pixels - mean) / deviation).float()
+
+
+# ---- 3. loss and 4. optimizer --------------------------------------------------------------------
+
+
+def make_optimizer(model, lr, steps):
+    """Return cross entropy, Adam over what is not frozen, and a schedule for `steps` batches.
+
+    One cycle: the rate rises to `lr` for three tenths of the steps, then falls to almost nothing
+    (Smith and Topin, "Super-Convergence", 2018).
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    return nn.CrossEntropyLoss(), optimizer, scheduler
+
+
+# ---- 5. training ---------------------------------------------------------------------------------
+
+
+def train(model, loader, batches, criterion, optimizer, scheduler, freeze, show):
+    """Train for one epoch; return the mean loss and how many pictures a second went through.
+
+    With `freeze` the batch-norm statistics rest as well as the frozen weights. `show` is called
+    with the number of the batch and its loss; beside it nothing waits for the device.
+    """
+    device = next(model.parameters()).device
+    model.train(not freeze)
+    total, count, start = torch.zeros((), device=device), 0, time.perf_counter()
+    for number, (pixels, labels) in enumerate(load(loader, batches, device), 1):
+        loss = criterion(classify(model, augment(pixels, loader.dataset.mirror)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        total += loss.detach() * len(labels)
+        count += len(labels)
+        show(number, loss)
+    total, count = map(sum, zip(*gather((total.item(), count))))
+    return total / count, count / (time.perf_counter() - start)
+
+
+def fit(model, loader, run, flags, output):
+    """Train from where `run` stands, saving it into `output` before the start and each epoch.
+
+    Nothing random passes from one epoch to the next: each seeds itself from --seed and its
+    number. So a run that was interrupted ends in the same bits as one that was not.
+    """
+    history, parts = run["history"], loader.dataset.parts
+    steps = flags.epochs * len(deal(parts["train"], flags, epoch=0))
+    criterion, optimizer, scheduler = make_optimizer(model, flags.lr, steps)
+    stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    with explain(f"{output / 'last.pth'} is not of this program or this run"):
+        for name in stateful.keys() & run.keys():
+            stateful[name].load_state_dict(run[name])
+    alone = not dist.is_initialized()
+    replica = (
+        model if alone else nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    )
+    once(save_run, run, stateful, output)
+    while len(history) < flags.epochs and standing(history)[1] < (flags.patience or math.inf):
+        start, epoch = time.perf_counter(), len(history) + 1
+        row = dict.fromkeys(LOG) | {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
+        batches = deal(parts["train"], flags, epoch)
+        show = progress(f"epoch {epoch}/{flags.epochs}", len(batches), flags.batch_size)
+        speed = train(replica, loader, batches, criterion, optimizer, scheduler, flags.freeze, show)
+        row["train_loss"], row["images_per_second"] = speed
+        average_statistics(model)
+        if epoch % flags.validate_every == 0 or epoch == flags.epochs:
+            loss, confusion, _ = evaluate(model, loader, "val", criterion, flags.batch_size)
+            accuracy = confusion.trace().item() / confusion.sum().item()
+            row |= {"val_loss": loss, "val_accuracy": accuracy}
+        history.append(row | {"seconds": time.perf_counter() - start})
+        once(save_run, run, stateful, output)
+        show_line("")
+        print(epoch_line(history, flags.epochs), flush=True)
+
+
+def deal(indices, flags, epoch):
+    """Return this process's share of each batch of an epoch, and seed what is random in it.
+
+    A last batch is left out if a process would get fewer than the two pictures batch-norm needs.
+    """
+    rank, world = processes()
+    torch.manual_seed(mix(flags.seed, epoch, 0))  # the same order on all processes
+    batches = indices[torch.randperm(len(indices))].split(flags.batch_size)
+    torch.manual_seed(mix(flags.seed, epoch, 1 + rank))  # augmentation of their own
+    return [batch[rank::world].tolist() for batch in batches if len(batch) // world > 1]
+
+
+def mix(*numbers):
+    """Return a seed that depends on all the numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def standing(history):
+    """Return the row of the best validation, the earliest of equals, and how many came since."""
+    validated = [row for row in history if row["val_accuracy"] is not None]
+    best = max(validated, key=lambda row: row["val_accuracy"], default=None)
+    return best, len(validated) - 1 - validated.index(best) if best else 0
+
+
+# ---- 6. evaluation -------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def evaluate(model, loader, part, criterion, batch_size):
+    """Return mean loss, confusion (int64 C×C, true × predicted) and surest mistakes on a part.
+
+    The mistakes are four tensors, surest first: confidence, true label, predicted label, pixels.
+    Each process counts its own share of the pictures; the results are those of all.
+    """
+    device = next(model.parameters()).device
+    rank, world = processes()
+    share = loader.dataset.parts[part][rank::world]
+    batches = [batch.tolist() for batch in share.split(batch_size) if len(batch)]
+    classes = len(loader.dataset.classes)
+    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+    total, mistakes = torch.zeros((), device=device), []
+    model.eval()
+    for pixels, labels in load(loader, batches, device):
+        logits = classify(model, pixels)
+        total += criterion(logits, labels) * len(labels)
+        confidence, predicted = logits.softmax(1).max(1)
+        confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+        confidence = torch.where(predicted == labels, -1, confidence)  # the right ones come last
+        mistakes = [surest([*mistakes, (confidence, labels, predicted, pixels)])]
+    own = total.item(), confusion.cpu(), [tuple(column.cpu() for column in row) for row in mistakes]
+    totals, confusions, mistakes = zip(*gather(own))
+    mistakes = surest(sum(mistakes, []))
+    found, confusion = mistakes[0] >= 0, sum(confusions)
+    return sum(totals) / confusion.sum().item(), confusion, [column[found] for column in mistakes]
+
+
+def surest(rows):
+    """Return the surest of the mistakes in several rows (confidence, true, predicted, pixels)."""
+    columns = [torch.cat(column) for column in zip(*rows)]
+    top = columns[0].topk(min(MOST_SHOWN, len(columns[0]))).indices
+    return tuple(column[top] for column in columns)
+
+
+def report(confusion, classes):
+    """Return the lines that tell accuracy, each class's scores, and what is confused most."""
+    right, true, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
+    precision, recall = right / predicted.clamp(min=1), right / true.clamp(min=1)
+    scores = torch.stack([precision, recall, 2 * right / (true + predicted).clamp(min=1)], dim=1)
+    names = [printable(name) for name in classes]
+    width = max(len(name) for name in [*names, "class"])
+    lines = [f"test accuracy {right.sum() / true.sum():.2%} ({right.sum()} of {true.sum()})", ""]
+    lines += [f"{'class':{width}}  precision  recall      F1   count"]
+    scores, counts = [*scores, scores.mean(0)], [*true, true.sum()]
+    for name, (p, r, f1), count in zip([*names, "mean"], scores, counts):
+        lines += [f"{name:{width}}  {p:9.4f}  {r:6.4f}  {f1:6.4f}  {count:6}"]
+    wrong = (confusion - right.diag()).flatten()
+    counts, places = wrong.topk(min(5, len(wrong)))
+    lines += ["", "most often confused (true -> predicted):"] * bool(wrong.any())
+    for count, place in zip(counts[counts > 0].tolist(), places.tolist()):
+        lines += [f"{names[place // len(names)]} -> {names[place % len(names)]} {count}"]
+    return lines
+
+
+def draw_mistakes(mistakes, classes, path):
+    """Write a picture of the mistakes, each with its true and its predicted class below.
+
+    Without mistakes an older picture is removed. Returns a line that tells what was done.
+    """
+    if not len(mistakes[0]):
+        path.unlink(missing_ok=True)
+        return "no mistakes, so no picture of them"
+    font, tiles, buffer = ImageFont.load_default(13), [], io.BytesIO()
+    for confidence, true, predicted, pixels in zip(*mistakes):
+        picture = transforms.to_pil_image(pixels)
+        side = picture.width * max(1, 192 // picture.width)  # whole multiples keep pixels sharp
+        tile = Image.new("RGB", (max(side, 192), side + 22), "white")
+        tile.paste(picture.resize((side, side), Image.Resampling.NEAREST))
+        for length in range(32, 0, -1):  # cut the names until the line fits
+            names = [printable(classes[label])[:length] for label in (true, predicted)]
+            text = f"{names[0]} -> {names[1]} {confidence:.0%}"
+            if font.getlength(text) < tile.width - 4:
+                break
+        ImageDraw.Draw(tile).text((2, side + 3), text, fill="black", font=font)
+        tiles.append(transforms.pil_to_tensor(tile))
+    grid = utils.make_grid(tiles, nrow=8, padding=4, pad_value=255)
+    transforms.to_pil_image(grid).save(buffer, "png")
+    write(path, buffer)
+    return f"the surest mistakes are drawn in {path}"
+
+
+# ---- 7. prediction -------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def predict(files, path, device):
+    """Print the likeliest classes of each picture file; return the exit code."""
+    model, best = load_best(path)
+    model, code = model.to(device).eval(), 0
+    for file in files:
+        try:
+            pixels = torch.from_numpy(decode(file, best["image_size"])).to(device)
+        except Problem as problem:
+            complain(problem)
+            code = 1
+            continue
+        shares = classify(model, pixels.permute(2, 0, 1)[None])[0].softmax(0)
+        shares, labels = shares.topk(min(3, len(shares)))
+        names = [printable(best["classes"][label]) for label in labels]
+        guesses = [f"{name} {share:.1%}" for name, share in zip(names, shares)]
+        print(printable(file), *guesses, sep="  ", flush=True)
+    return code
+
+
+# ---- what is saved -------------------------------------------------------------------------------
+
+LOG = ["epoch", "train_loss", "val_loss", "val_accuracy"]
+LOG += ["learning_rate", "images_per_second", "seconds"]
+BEST = ["model", "classes", "image_size", "epoch", "val_accuracy"]
+LAST = ["model", "optimizer", "scheduler", "history", "flags", "typed", "classes", "sizes"]
+
+
+def write(path, buffer):
+    """Put the content of a `BytesIO` in the place of a file, or leave the older file whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with explain(f"cannot write {path}; the older one is whole: make room, then --resume", code=1):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def save(checkpoint, path):
+    """Write a dictionary that has tensors in it."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write(path, buffer)
+
+
+def save_run(run, stateful, output):
+    """Write log.csv, last.pth and, if the last epoch is the best, best_model.pth.
+
+    In this order: a run that was killed in between writes its best model when it is resumed. As
+    long as a run has none, a best_model.pth is an earlier run's, and is set aside.
+    """
+    history, best_path = run["history"], output / "best_model.pth"
+    if history and not math.isfinite(history[-1]["train_loss"] + (history[-1]["val_loss"] or 0)):
+        raise Problem("the loss is no longer a number; start again with a lower --lr", code=1)
+    rows = [LOG, *([("" if row[key] is None else row[key]) for key in LOG] for row in history)]
+    table = "".join(",".join(map(str, row)) + "\n" for row in rows)
+    write(output / "log.csv", io.BytesIO(table.encode()))
+    run |= {name: part.state_dict() for name, part in stateful.items()}
+    save(run, output / "last.pth")
+    best, since = standing(history)
+    if best is None and best_path.exists():
+        os.replace(best_path, output / "best_model.previous.pth")
+        print(f"the best model of an earlier run is now {output / 'best_model.previous.pth'}")
+    elif best and best is history[-1]:
+        save({key: (run | run["flags"] | best)[key] for key in BEST}, best_path)
+
+
+def load_checkpoint(path, keys):
+    """Return what a checkpoint has under these keys; nothing in it is executed."""
+    if not path.exists():
+        raise Problem(f"there is no {path}; train first, or name its folder with --output")
+    with explain(f"{path} is damaged, or no checkpoint of this program"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: checkpoint[key] for key in keys}
+
+
+def load_best(path):
+    """Return the model in a best_model.pth, on the CPU, and what else is in it."""
+    best = load_checkpoint(path, BEST)
+    with explain(f"{path} is damaged, or no checkpoint of this program"):
+        model = build_model(len(best["classes"]), "none")
+        model.load_state_dict(best["model"])
+        best |= {"classes": list(map(str, best["classes"])), "image_size": int(best["image_size"])}
+    return model, best
+
+
+# ---- several processes, under torchrun; a single one passes through unchanged --------------------
+
+
+def processes():
+    """Return the number of this process and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value):
+    """Return the values of all processes, in the order of their numbers."""
+    values = [value] * processes()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def once(function, *args):
+    """Call a function on process 0 alone; return its result, or end with its `Problem`, on all."""
+    result, problem = None, None
+    if processes()[0] == 0:
+        try:
+            result = function(*args)
+        except Problem as error:
+            problem = error
+    if dist.is_initialized():
+        result, problem = gather((result, problem))[0]
+    if problem:
+        raise problem if processes()[0] == 0 else SystemExit(problem.code)
+    return result
+
+
+def average_statistics(model):
+    """Give all processes the same batch-norm statistics, so that what is validated is saved."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            buffer.copy_(sum(gather(buffer.cpu())) / processes()[1])
+
+
+# ---- what is said --------------------------------------------------------------------------------
+
+
+def printable(text):
+    """Return a text with whatever would break its line escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def warn(text):
+    """Write a warning on stderr that cannot be overlooked."""
+    lines = ["warning: " + printable(line) for line in text.split("\n")]
+    print("=" * 80, *lines, "=" * 80, sep="\n", file=sys.stderr, flush=True)
+
+
+def complain(problem):
+    """Write an error on stderr; return its exit code."""
+    show_line("")
+    print(f"error: {printable(problem)}", file=sys.stderr, flush=True)
+    return problem.code
+
+
+def show_line(text):
+    """Rewrite one line of a terminal on stderr ("" clears it); without a terminal do nothing."""
+    if sys.stderr.isatty() and processes()[0] == 0:
+        width = shutil.get_terminal_size().columns - 1
+        end = "" if text else "\r"
+        print(f"\r{text[:width]:{width}}", end=end, file=sys.stderr, flush=True)
+
+
+def progress(title, batches, batch_size):
+    """Return a function for `train` that shows at most once a second how far the epoch is."""
+    start = shown = time.monotonic()
+
+    def show(number, loss):
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown > 1 and sys.stderr.isatty():
+            shown, speed = now, number / (now - start)
+            left = time.strftime("%H:%M:%S", time.gmtime((batches - number) / speed))
+            text = f"{title}  batch {number}/{batches}  loss {loss.item():.4f}"
+            show_line(f"{text}  {batch_size * speed:.0f} images/s  {left} left")
+
+    return show
+
+
+def epoch_line(history, epochs):
+    """Return the line that tells of the last epoch."""
+    row = history[-1]
+    line = f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  train loss {row['train_loss']:.4f}"
+    if row["val_accuracy"] is not None:
+        line += f"  val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.2%}"
+    line += f"  {row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
+    return line + "  (best)" * (row is standing(history)[0])
+
+
+def describe(pictures, model, device, flags):
+    """Return the lines that tell what was chosen, before the work starts."""
+    train, val, test = (len(pictures.parts[part]) for part in ("train", "val", "test"))
+    names = ", ".join(printable(name) for name in pictures.classes[:10])
+    more = ", …" * (len(pictures.classes) > 10)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    return [
+        f"data     {printable(pictures.name)}: {train} pictures to train, {val} to validate,"
+        f" {test} to test on, {pictures.size} x {pictures.size} pixels",
+        f"classes  {len(pictures.classes)}: {names}{more}",
+        f"device   {device}, {flags.workers} loader workers, processes: {processes()[1]}",
+        f"weights  {flags.weights}, {trained:,} parameters to train",
+    ]
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+def make_parser():
+    """Return the parser of the flags."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument_group("what to learn from").add_argument
+    known = "cifar10, cifar100, digits, or a folder: DIR/CLASS/* or DIR/train|val|test/CLASS/*"
+    add("--data", default="auto", metavar="NAME|DIR", help=f"{known} (auto: cifar10, else digits)")
+    add("--image-size", type=int, metavar="PX", help="side of the pictures (32; of a folder: 224)")
+    add = parser.add_argument_group("how to learn").add_argument
+    add("--epochs", type=int, default=10, metavar="N", help="times through the pictures (10)")
+    add("--batch-size", type=int, default=128, metavar="N", help="pictures in a step (128)")
+    add("--lr", type=float, default=0.001, help="learning rate at its peak (0.001)")
+    starts = ["auto", "imagenet", "none"]
+    add(
+        "--weights",
+        choices=starts,
+        default="auto",
+        help="to start from (auto: imagenet, else none)",
+    )
+    add("--freeze", action="store_true", help="train the new head alone (off)")
+    add("--validate-every", type=int, default=1, metavar="N", help="so many epochs (1)")
+    stop = "stop after N validations without a better accuracy; 0: never (5)"
+    add("--patience", type=int, default=5, metavar="N", help=stop)
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same result (0)")
+    add = parser.add_argument_group("where and how to run").add_argument
+    devices = ["auto", "cuda", "cpu"]
+    add("--device", choices=devices, default="auto", help="what computes (auto: cuda, else cpu)")
+    add("--workers", type=int, metavar="N", help="processes that decode pictures (chosen)")
+    add("--output", default="checkpoint", metavar="DIR", help="where all is written (checkpoint)")
+    add = parser.add_argument_group("afterwards").add_argument
+    add("--resume", action="store_true", help="go on with the run in --output as it was started")
+    add("--predict", nargs="+", metavar="IMAGE", help="classify these with the best model there")
+    return parser
+
+
+def parse_flags(argv):
+    """Return all flags, and as a dictionary those given; exits with 2 if one cannot be."""
+    parser = make_parser()
+    flags = parser.parse_args(argv)
+    least = {"image_size": 1, "epochs": 1, "batch_size": 2, "lr": 1e-12, "validate_every": 1}
+    least |= {"patience": 0, "seed": 0, "workers": 0}
+    for name, limit in least.items():
+        value = getattr(flags, name)
+        if value is not None and not limit <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value} must be at least {limit}")
+    if flags.freeze and flags.weights == "none":
+        parser.error("--freeze needs trained weights: leave out --weights none")
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(flags)))))
+    return flags, {name: value for name, value in given.items() if value is not None}
+
+
+def resumed_flags(flags, given, run):
+    """Return the flags of the run that is resumed; raise `Problem` where one given now differs."""
+    free = {name: getattr(flags, name) for name in ("device", "workers", "output", "resume")}
+    for name, value in given.items() - free.items():
+        if value not in (run["typed"].get(name), run["flags"].get(name)):  # auto, what it became
+            flag = "--" + name.replace("_", "-")
+            raise Problem(f"{flag} {value} is not the run's own {run['flags'].get(name)}; omit it")
+    return argparse.Namespace(**{**run["flags"], **free})
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+
+def start_device(name):
+    """Return the device that computes; under torchrun join the other processes."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise Problem("--device cuda: there is no CUDA here; leave it out")
+    cuda, place = name != "cpu" and torch.cuda.is_available(), int(os.getenv("LOCAL_RANK", 0))
+    if cuda:
+        with explain("there must be a CUDA card for each process; lower --nproc-per-node"):
+            torch.cuda.set_device(place)
+        torch.backends.cudnn.benchmark = True
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("nccl" if cuda else "gloo")
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")  # process 0 alone prints
+    return torch.device("cuda", place) if cuda else torch.device("cpu")
+
+
+def check(pictures, run, flags, output):
+    """Raise `Problem` if data, run, flags and output do not go together; make the output."""
+    world, count = processes()[1], len(pictures.parts["train"])
+    if flags.batch_size % world or min(flags.batch_size, count) < 2 * world:
+        raise Problem(f"{world} processes cannot share --batch-size {flags.batch_size} evenly")
+    for key, value in about(pictures).items():
+        if run.get(key, value) != value:
+            raise Problem(f"the data have changed: {key} were {run[key]}, are {value}")
+    with explain(f"cannot make the folder {output}"):
+        output.mkdir(parents=True, exist_ok=True)
+
+
+def about(pictures):
+    """Return what must not change in the data of a run."""
+    sizes = {part: len(indices) for part, indices in pictures.parts.items()}
+    return {"classes": pictures.classes, "sizes": sizes}
+
+
+def pipeline(flags, given):
+    """Do what the flags say, step by step; return the exit code."""
+    device, output = start_device(flags.device), Path(flags.output)
+    if flags.predict:
+        return predict(flags.predict, output / "best_model.pth", device)
+    run = {"typed": vars(flags).copy(), "history": []}
+    if flags.resume:
+        run = once(load_checkpoint, output / "last.pth", LAST)
+        flags = resumed_flags(flags, given, run)
+
+    pictures = once(read_data, flags.data, flags.image_size)
+    once(check, pictures, run, flags, output)
+    torch.manual_seed(flags.seed)
+    start = "none" if flags.resume else flags.weights  # a resumed run brings its own
+    model, weights = once(start_model, len(pictures.classes), start, flags.freeze)
+    if not flags.resume:
+        flags.data, flags.image_size, flags.weights = pictures.name, pictures.size, weights
+        run |= about(pictures) | {"flags": vars(flags)}
+    if flags.workers is None:
+        in_memory = isinstance(pictures.pixels, torch.Tensor)
+        flags.workers = 0 if in_memory else min(8, os.cpu_count() or 1)
+    print(*describe(pictures, model, device, flags), sep="\n", flush=True)
+
+    loader = make_loader(pictures, flags.workers, device)
+    try:
+        fit(model.to(device), loader, run, flags, output)
+    except KeyboardInterrupt:
+        raise Problem("interrupted; go on with --resume", code=130) from None
+    test(loader, output, device, flags.batch_size)
+    return 0
+
+
+def test(loader, output, device, batch_size):
+    """Read the test pictures, this once, with the best model; print and draw how it did."""
+    classes = loader.dataset.classes
+    model, best = once(load_best, output / "best_model.pth")
+    if best["classes"] != classes:
+        raise Problem(f"{output / 'best_model.pth'} has other classes than the data")
+    criterion = nn.CrossEntropyLoss()
+    _, confusion, mistakes = evaluate(model.to(device), loader, "test", criterion, batch_size)
+    print(*report(confusion, classes), sep="\n")
+    print(once(draw_mistakes, mistakes, classes, output / "mistakes.png"), flush=True)
+
+
+def main(argv=None):
+    """Run the program with the flags in `argv`, or on the command line; return the exit code."""
+    socket.setdefaulttimeout(NETWORK_TIMEOUT)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names may have letters that it cannot encode
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return pipeline(*parse_flags(argv))
+    except Problem as problem:
+        return complain(problem)
+    except KeyboardInterrupt:
+        return complain(Problem("interrupted", code=130))
+    except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
