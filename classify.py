@@ -10,7 +10,6 @@ It reads from top to bottom as the work goes: 1 data, 2 model, 3 loss and 4 opti
 
 import argparse
 import contextlib
-import functools
 import io
 import math
 import os
@@ -19,21 +18,25 @@ import socket
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps
+from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, models, utils
 from torchvision.transforms.v2 import functional as transforms
 
 NETWORK_TIMEOUT = 15  # seconds that a server may stay silent
-MOST_NAMED = 100  # unreadable files that are named one by one
 MOST_SHOWN = 32  # mistakes that are drawn
+# what the ImageNet weights were trained with: mean and deviation of pixels from 0 to 255, 3×1×1
+MEAN = 255 * torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+DEVIATION = 255 * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 ImageFile.LOAD_TRUNCATED_IMAGES = True  # a photo that breaks off is used as far as it goes
 
 
@@ -51,31 +54,23 @@ def explain(message, code=2):
     try:
         yield
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise Problem(f"{message} ({reason.strip().splitlines()[0][:200]})", code) from error
+        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        raise Problem(f"{message} ({reason.splitlines()[0][:200]})", code) from error
 
 
 # ---- 1. data: read, split, convert ---------------------------------------------------------------
 
 
-@dataclass
-class Pictures(Dataset):
+class Pictures(SimpleNamespace, Dataset):
     """A data set. It holds pixels only, and an item is a whole batch, asked for by its indices.
 
+    name:   what --data says
     pixels: uint8 N×H×W×3 in memory, or the paths of N files, decoded when they are asked for
     labels: int64 N, positions in `classes`
     parts:  the indices of "train", "val" and "test", which share no picture
     mirror: whether a mirrored picture is still one of its class (a photo is, a digit is not)
     size:   the side to which pictures are brought, in pixels
     """
-
-    name: str
-    pixels: torch.Tensor | list
-    labels: torch.Tensor
-    parts: dict
-    classes: list
-    mirror: bool
-    size: int
 
     def __getitem__(self, indices):
         """Return uint8 B×3×H×W and labels B; raises `Problem` if a file cannot be decoded."""
@@ -97,10 +92,10 @@ def read_data(name, size):
             return read_data("digits", size)
     readers = {"cifar10": read_cifar, "cifar100": read_cifar, "digits": draw_digits}
     pixels, labels, parts, classes = readers.get(name, read_folder)(name)
-    labels = torch.tensor(labels)
+    labels, size = torch.tensor(labels), size or (32 if name in readers else 224)
     parts = split_off_missing(labels, parts, classes, name)
-    size = size or (32 if name in readers else 224)
-    return Pictures(name, pixels, labels, parts, classes, mirror=name != "digits", size=size)
+    data = {"name": name, "pixels": pixels, "labels": labels, "parts": parts, "classes": classes}
+    return Pictures(**data, mirror=name != "digits", size=size)
 
 
 def read_cifar(name):
@@ -121,13 +116,11 @@ def draw_digits(name):
     pixels, labels = [], [index % 10 for index in range(6000)]
     streams = [np.random.default_rng(0)] * 5000 + [np.random.default_rng(1)] * 1000
     for label, rng in zip(labels, streams):
-        glyph, font = Image.new("L", (32, 32)), fonts[rng.integers(len(fonts))]
-        place = tuple(rng.uniform(13, 19, 2))
-        ImageDraw.Draw(glyph).text(place, str(label), fill=255, font=font, anchor="mm")
+        glyph, place = Image.new("L", (32, 32)), tuple(rng.uniform(13, 19, 2))
+        ImageDraw.Draw(glyph).text(place, str(label), 255, rng.choice(fonts), anchor="mm")
         glyph = glyph.rotate(rng.uniform(-20, 20), Image.Resampling.BILINEAR)
         ink = np.asarray(glyph, dtype=np.float32)[:, :, None] / 255
-        dark_and_light = np.stack([rng.integers(0, 100, 3), rng.integers(156, 256, 3)])
-        front, back = rng.permutation(dark_and_light)
+        front, back = rng.permutation([rng.integers(0, 100, 3), rng.integers(156, 256, 3)])
         picture = front * ink + back * (1 - ink) + rng.normal(0, 12, (32, 32, 3))
         pixels.append(picture.clip(0, 255).astype(np.uint8))
     parts = {"train": torch.arange(5000), "test": torch.arange(5000, 6000)}
@@ -136,31 +129,29 @@ def draw_digits(name):
 
 def read_folder(root):
     """Return paths, labels, parts and classes of ROOT/train|val|test/CLASS/* or ROOT/CLASS/*."""
-    root = Path(root)
+    root, paths, labels, parts, broken = Path(root), [], [], {}, []
     folders = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
-    if "train" not in folders or not any(path.is_dir() for path in visible(root / "train")):
+    if "train" not in folders or not subfolders(root / "train"):
         folders = {"train": root}
-    classes = [path.name for path in visible(folders["train"]) if path.is_dir()]
+    classes = subfolders(folders["train"])
     if len(classes) < 2:
         raise Problem(f"{folders['train']} needs two or more folders of pictures, one for a class")
-    paths, labels, parts, broken = [], [], {}, []
     for part, folder in folders.items():
-        odd = {path.name for path in visible(folder) if path.is_dir()} ^ set(classes)
+        odd = set(subfolders(folder)) ^ set(classes)
         if odd:
             raise Problem(f"only one of {folders['train']} and {folder} has a class {min(odd)!r}")
         start = len(paths)
         for label, name in enumerate(classes):
-            reasons = {path: why_unreadable(path) for path in visible(folder / name)}
-            readable = [path for path, reason in reasons.items() if not reason]
-            broken += [f"{path}: {reason}" for path, reason in reasons.items() if reason]
+            files = {path: why_unreadable(path) for path in visible(folder / name)}
+            broken += filter(None, files.values())
+            readable = [path for path, reason in files.items() if not reason]
             if not readable:
                 raise Problem(f"there are no pictures in {folder / name}; add some or remove it")
             paths += readable
             labels += [label] * len(readable)
         parts[part] = torch.arange(start, len(paths))
     if broken:
-        more = ["and so on"] * (len(broken) > MOST_NAMED)
-        warn("\n".join([f"{len(broken)} files are left out:", *broken[:MOST_NAMED], *more]))
+        warn("\n".join([f"{len(broken)} files are left out:", *broken]))
     return paths, labels, parts, classes
 
 
@@ -170,15 +161,21 @@ def visible(folder):
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
+def subfolders(folder):
+    """Return the names of the visible folders in a folder."""
+    return [path.name for path in visible(folder) if path.is_dir()]
+
+
 def why_unreadable(path):
-    """Return why a file is no picture, as far as its header tells, or None."""
-    if not path.is_file():  # a pipe would never answer
-        return "not a file"
+    """Return why a file is no picture, as far as its header tells, or ""."""
     try:
-        with warnings.catch_warnings(), explain("no picture"):
+        with explain(f"{path}: no picture"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if not path.is_file():  # a pipe would never answer
+                return f"{path}: not a file"
             Image.open(path).close()
+            return ""
     except Problem as problem:
         return str(problem)
 
@@ -201,38 +198,31 @@ def split_off_missing(labels, parts, classes, source):
     pieces = {part: [] for part in (*missing, "train")}
     for label, name in enumerate(classes):
         own = parts["train"][labels[parts["train"]] == label]
-        tenth = max(1, round(len(own) / 10))
-        if len(own) <= tenth * len(missing):
-            raise Problem(f"{source}: class {name!r} has too few pictures to split ({len(own)})")
         own = own[torch.randperm(len(own), generator=generator)]
-        for part in missing:
-            pieces[part].append(own[:tenth])
-            own = own[tenth:]
-        pieces["train"].append(own)
+        sizes = [max(1, round(len(own) / 10))] * len(missing)
+        if len(own) <= sum(sizes):
+            raise Problem(f"{source}: class {name!r} has too few pictures to split ({len(own)})")
+        for part, piece in zip(pieces, own.split([*sizes, len(own) - sum(sizes)])):
+            pieces[part].append(piece)
     return parts | {part: torch.cat(indices) for part, indices in pieces.items()}
 
 
 def make_loader(pictures, workers, device):
-    """Return the one loader of a run. It reads what `load` puts into its list of batches."""
-    return DataLoader(
-        pictures,
-        batch_size=None,  # an item is a batch
-        sampler=[],
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # the global one is for training alone
-    )
+    """Return the one loader of a run; an item of it is a batch, and `load` says which it reads."""
+    if workers is None:
+        workers = 0 if isinstance(pictures.pixels, torch.Tensor) else min(8, os.cpu_count() or 1)
+    pinned, generator = device.type == "cuda", torch.Generator()  # the global one is for training
+    options = {"persistent_workers": workers > 0, "pin_memory": pinned, "generator": generator}
+    return DataLoader(pictures, batch_size=None, sampler=[], num_workers=workers, **options)
 
 
 def load(loader, batches, device):
     """Yield pixels (uint8 B×3×S×S) and labels (int64 B) on `device` for each list of indices."""
     loader.sampler[:] = batches
-    size = loader.dataset.size
     for pixels, labels in loader:
         pixels = pixels.to(device, non_blocking=True)
-        if pixels.shape[-1] != size:
-            pixels = transforms.resize(pixels, [size, size])
+        if pixels.shape[-1] != loader.dataset.size:
+            pixels = transforms.resize(pixels, [loader.dataset.size] * 2)
         yield pixels, labels.to(device, non_blocking=True)
 
 
@@ -293,31 +283,25 @@ def build_model(num_classes, weights):
 
 def start_model(num_classes, weights, freeze):
     """Return the model to train and what its weights are, "imagenet" or "none"."""
-    try:
-        start = "none" if weights == "none" else "imagenet"
-        model = build_model(num_classes, start)
-    except Problem as problem:
-        if weights != "auto" or freeze:
-            raise
-        warn(f"{problem}\nStarting from RANDOM weights instead, which need more pictures.")
-        start, model = "none", build_model(num_classes, "none")
+    if weights == "auto":
+        try:
+            return start_model(num_classes, "imagenet", freeze)
+        except Problem as problem:
+            if freeze:
+                raise
+            warn(f"{problem}\nStarting from RANDOM weights instead, which need more pictures.")
+            return start_model(num_classes, "none", freeze)
+    model = build_model(num_classes, weights)
     model.requires_grad_(not freeze).fc.requires_grad_(True)
-    return model, start
-
-
-@functools.cache
-def input_statistics(device):
-    """Return the mean and deviation (3×1×1, of 0 to 255) that the ImageNet weights expect."""
-    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device)
-    return 255 * mean[:, None, None], 255 * deviation[:, None, None]
+    return model, weights
 
 
 def classify(model, pixels):
     """Return the logits (float B×C) of uint8 pictures, by bfloat16 on CUDA cards that have it."""
-    mean, deviation = input_statistics(pixels.device)
-    cuda = pixels.device.type == "cuda"
-    able = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=able):
+    device = pixels.device
+    mean, deviation = (row.to(device, non_blocking=True) for row in (MEAN, DEVIATION))
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.autocast(device.type, torch.bfloat16, enabled=able):
         return model((pixels - mean) / deviation).float()
 
 
@@ -374,18 +358,17 @@ def fit(model, loader, run, flags, output):
     with explain(f"{output / 'last.pth'} is not of this program or this run"):
         for name in stateful.keys() & run.keys():
             stateful[name].load_state_dict(run[name])
-    alone = not dist.is_initialized()
-    replica = (
-        model if alone else nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    )
+    many = dist.is_initialized()
+    replica = DistributedDataParallel(model) if many else model
     once(save_run, run, stateful, output)
     while len(history) < flags.epochs and standing(history)[1] < (flags.patience or math.inf):
         start, epoch = time.perf_counter(), len(history) + 1
         row = dict.fromkeys(LOG) | {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
         batches = deal(parts["train"], flags, epoch)
         show = progress(f"epoch {epoch}/{flags.epochs}", len(batches), flags.batch_size)
-        speed = train(replica, loader, batches, criterion, optimizer, scheduler, flags.freeze, show)
-        row["train_loss"], row["images_per_second"] = speed
+        row["train_loss"], row["images_per_second"] = train(
+            replica, loader, batches, criterion, optimizer, scheduler, flags.freeze, show
+        )
         average_statistics(model)
         if epoch % flags.validate_every == 0 or epoch == flags.epochs:
             loss, confusion, _ = evaluate(model, loader, "val", criterion, flags.batch_size)
@@ -403,15 +386,10 @@ def deal(indices, flags, epoch):
     A last batch is left out if a process would get fewer than the two pictures batch-norm needs.
     """
     rank, world = processes()
-    torch.manual_seed(mix(flags.seed, epoch, 0))  # the same order on all processes
+    torch.manual_seed(hash((flags.seed, epoch)))  # the same order on all processes
     batches = indices[torch.randperm(len(indices))].split(flags.batch_size)
-    torch.manual_seed(mix(flags.seed, epoch, 1 + rank))  # augmentation of their own
+    torch.manual_seed(hash((flags.seed, epoch, rank)))  # augmentation of their own
     return [batch[rank::world].tolist() for batch in batches if len(batch) // world > 1]
-
-
-def mix(*numbers):
-    """Return a seed that depends on all the numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def standing(history):
@@ -494,15 +472,13 @@ def draw_mistakes(mistakes, classes, path):
         side = picture.width * max(1, 192 // picture.width)  # whole multiples keep pixels sharp
         tile = Image.new("RGB", (max(side, 192), side + 22), "white")
         tile.paste(picture.resize((side, side), Image.Resampling.NEAREST))
-        for length in range(32, 0, -1):  # cut the names until the line fits
-            names = [printable(classes[label])[:length] for label in (true, predicted)]
+        names, text = [printable(classes[label]) for label in (true, predicted)], " " * 999
+        while font.getlength(text) > tile.width - 4:  # cut the longer name until the line fits
             text = f"{names[0]} -> {names[1]} {confidence:.0%}"
-            if font.getlength(text) < tile.width - 4:
-                break
-        ImageDraw.Draw(tile).text((2, side + 3), text, fill="black", font=font)
+            names[len(names[1]) >= len(names[0])] = max(names[::-1], key=len)[:-1]
+        ImageDraw.Draw(tile).text((2, side + 3), text, "black", font)
         tiles.append(transforms.pil_to_tensor(tile))
-    grid = utils.make_grid(tiles, nrow=8, padding=4, pad_value=255)
-    transforms.to_pil_image(grid).save(buffer, "png")
+    transforms.to_pil_image(utils.make_grid(tiles, padding=4, pad_value=255)).save(buffer, "png")
     write(path, buffer)
     return f"the surest mistakes are drawn in {path}"
 
@@ -519,15 +495,13 @@ def predict(files, path, device):
         try:
             pixels = torch.from_numpy(decode(file, best["image_size"])).to(device)
         except Problem as problem:
-            complain(problem)
-            code = 1
+            code = bool(complain(problem))
             continue
         shares = classify(model, pixels.permute(2, 0, 1)[None])[0].softmax(0)
-        shares, labels = shares.topk(min(3, len(shares)))
-        names = [printable(best["classes"][label]) for label in labels]
-        guesses = [f"{name} {share:.1%}" for name, share in zip(names, shares)]
+        likeliest = zip(*shares.topk(min(3, len(shares))))
+        guesses = [f"{printable(best['classes'][label])} {share:.1%}" for share, label in likeliest]
         print(printable(file), *guesses, sep="  ", flush=True)
-    return code
+    return int(code)
 
 
 # ---- what is saved -------------------------------------------------------------------------------
@@ -535,21 +509,18 @@ def predict(files, path, device):
 LOG = ["epoch", "train_loss", "val_loss", "val_accuracy"]
 LOG += ["learning_rate", "images_per_second", "seconds"]
 BEST = ["model", "classes", "image_size", "epoch", "val_accuracy"]
-LAST = ["model", "optimizer", "scheduler", "history", "flags", "typed", "classes", "sizes"]
+LAST = ["model", "optimizer", "scheduler", "history", "flags", "classes", "sizes"]
 
 
 def write(path, buffer):
     """Put the content of a `BytesIO` in the place of a file, or leave the older file whole."""
     temporary = path.with_name(path.name + ".tmp")
-    with explain(f"cannot write {path}; the older one is whole: make room, then --resume", code=1):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with explain(f"cannot write {path}; make room, then go on with --resume", code=1):
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def save(checkpoint, path):
@@ -596,7 +567,6 @@ def load_best(path):
     with explain(f"{path} is damaged, or no checkpoint of this program"):
         model = build_model(len(best["classes"]), "none")
         model.load_state_dict(best["model"])
-        best |= {"classes": list(map(str, best["classes"])), "image_size": int(best["image_size"])}
     return model, best
 
 
@@ -618,17 +588,17 @@ def gather(value):
 
 def once(function, *args):
     """Call a function on process 0 alone; return its result, or end with its `Problem`, on all."""
-    result, problem = None, None
-    if processes()[0] == 0:
+    first, result = processes()[0] == 0, [None]
+    if first:
         try:
-            result = function(*args)
-        except Problem as error:
-            problem = error
+            result = [function(*args)]
+        except Problem as problem:
+            result = [problem]
     if dist.is_initialized():
-        result, problem = gather((result, problem))[0]
-    if problem:
-        raise problem if processes()[0] == 0 else SystemExit(problem.code)
-    return result
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], Problem):
+        raise result[0] if first else SystemExit(result[0].code)
+    return result[0]
 
 
 def average_statistics(model):
@@ -673,12 +643,12 @@ def progress(title, batches, batch_size):
 
     def show(number, loss):
         nonlocal shown
-        now = time.monotonic()
-        if now - shown > 1 and sys.stderr.isatty():
-            shown, speed = now, number / (now - start)
-            left = time.strftime("%H:%M:%S", time.gmtime((batches - number) / speed))
-            text = f"{title}  batch {number}/{batches}  loss {loss.item():.4f}"
-            show_line(f"{text}  {batch_size * speed:.0f} images/s  {left} left")
+        if sys.stderr.isatty() and time.monotonic() - shown > 1:
+            shown = time.monotonic()
+            speed = number / (shown - start)
+            left = timedelta(seconds=round((batches - number) / speed))
+            done = f"{title}  batch {number}/{batches}  loss {loss.item():.4f}"
+            show_line(f"{done}  {batch_size * speed:.0f} images/s  {left} left")
 
     return show
 
@@ -693,50 +663,46 @@ def epoch_line(history, epochs):
     return line + "  (best)" * (row is standing(history)[0])
 
 
-def describe(pictures, model, device, flags):
-    """Return the lines that tell what was chosen, before the work starts."""
-    train, val, test = (len(pictures.parts[part]) for part in ("train", "val", "test"))
-    names = ", ".join(printable(name) for name in pictures.classes[:10])
-    more = ", …" * (len(pictures.classes) > 10)
+def describe(loader, model, device, run):
+    """Return what was chosen, to be read before the work starts."""
+    pictures, weights = loader.dataset, run["flags"]["weights"]
+    sizes = ", ".join(f"{run['sizes'][part]} {part}" for part in ("train", "val", "test"))
+    names = [printable(name) for name in pictures.classes]
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return [
-        f"data     {printable(pictures.name)}: {train} pictures to train, {val} to validate,"
-        f" {test} to test on, {pictures.size} x {pictures.size} pixels",
-        f"classes  {len(pictures.classes)}: {names}{more}",
-        f"device   {device}, {flags.workers} loader workers, processes: {processes()[1]}",
-        f"weights  {flags.weights}, {trained:,} parameters to train",
-    ]
+    return f"""\
+data     {printable(pictures.name)}: {sizes}, {pictures.size} x {pictures.size} pixels
+classes  {len(names)}: {", ".join(names[:10])}{", …" if len(names) > 10 else ""}
+device   {device}, loader workers: {loader.num_workers}, processes: {processes()[1]}
+weights  {weights}, {trained:,} parameters to train"""
 
 
 # ---- flags ---------------------------------------------------------------------------------------
 
 
+DATA = "cifar10, cifar100, digits, or a folder: DIR/CLASS/* or DIR/train|val|test/CLASS/*"
+PATIENCE = "stop after N validations in a row without a better accuracy; 0: never"
+WEIGHTS, DEVICES = ["auto", "imagenet", "none"], ["auto", "cuda", "cpu"]
+LEAST = {"image_size": 1, "epochs": 1, "batch_size": 2, "lr": 1e-12, "validate_every": 1}
+LEAST |= {"patience": 0, "seed": 0, "workers": 0}
+
+
 def make_parser():
-    """Return the parser of the flags."""
+    """Return the parser of the flags; in brackets what is taken if one is left out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument_group("what to learn from").add_argument
-    known = "cifar10, cifar100, digits, or a folder: DIR/CLASS/* or DIR/train|val|test/CLASS/*"
-    add("--data", default="auto", metavar="NAME|DIR", help=f"{known} (auto: cifar10, else digits)")
+    add("--data", default="auto", metavar="NAME|DIR", help=f"{DATA} (auto: cifar10, else digits)")
     add("--image-size", type=int, metavar="PX", help="side of the pictures (32; of a folder: 224)")
     add = parser.add_argument_group("how to learn").add_argument
     add("--epochs", type=int, default=10, metavar="N", help="times through the pictures (10)")
     add("--batch-size", type=int, default=128, metavar="N", help="pictures in a step (128)")
     add("--lr", type=float, default=0.001, help="learning rate at its peak (0.001)")
-    starts = ["auto", "imagenet", "none"]
-    add(
-        "--weights",
-        choices=starts,
-        default="auto",
-        help="to start from (auto: imagenet, else none)",
-    )
-    add("--freeze", action="store_true", help="train the new head alone (off)")
-    add("--validate-every", type=int, default=1, metavar="N", help="so many epochs (1)")
-    stop = "stop after N validations without a better accuracy; 0: never (5)"
-    add("--patience", type=int, default=5, metavar="N", help=stop)
+    add("--weights", default="auto", choices=WEIGHTS, help="to start from (imagenet, else none)")
+    add("--freeze", action="store_true", help="train the new head alone (train all)")
+    add("--validate-every", type=int, default=1, metavar="N", help="validate every N epochs (1)")
+    add("--patience", type=int, default=5, metavar="N", help=f"{PATIENCE} (5)")
     add("--seed", type=int, default=0, metavar="N", help="same seed, same result (0)")
     add = parser.add_argument_group("where and how to run").add_argument
-    devices = ["auto", "cuda", "cpu"]
-    add("--device", choices=devices, default="auto", help="what computes (auto: cuda, else cpu)")
+    add("--device", default="auto", choices=DEVICES, help="what computes (cuda, else cpu)")
     add("--workers", type=int, metavar="N", help="processes that decode pictures (chosen)")
     add("--output", default="checkpoint", metavar="DIR", help="where all is written (checkpoint)")
     add = parser.add_argument_group("afterwards").add_argument
@@ -749,12 +715,9 @@ def parse_flags(argv):
     """Return all flags, and as a dictionary those given; exits with 2 if one cannot be."""
     parser = make_parser()
     flags = parser.parse_args(argv)
-    least = {"image_size": 1, "epochs": 1, "batch_size": 2, "lr": 1e-12, "validate_every": 1}
-    least |= {"patience": 0, "seed": 0, "workers": 0}
-    for name, limit in least.items():
-        value = getattr(flags, name)
-        if value is not None and not limit <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value} must be at least {limit}")
+    for name, value in vars(flags).items():
+        if name in LEAST and value is not None and not LEAST[name] <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value}: it must be at least {LEAST[name]}")
     if flags.freeze and flags.weights == "none":
         parser.error("--freeze needs trained weights: leave out --weights none")
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(flags)))))
@@ -765,10 +728,10 @@ def resumed_flags(flags, given, run):
     """Return the flags of the run that is resumed; raise `Problem` where one given now differs."""
     free = {name: getattr(flags, name) for name in ("device", "workers", "output", "resume")}
     for name, value in given.items() - free.items():
-        if value not in (run["typed"].get(name), run["flags"].get(name)):  # auto, what it became
+        if value not in ("auto", run["flags"].get(name)):  # the run has what auto came to
             flag = "--" + name.replace("_", "-")
             raise Problem(f"{flag} {value} is not the run's own {run['flags'].get(name)}; omit it")
-    return argparse.Namespace(**{**run["flags"], **free})
+    return argparse.Namespace(**run["flags"] | {"weights": "none"} | free)
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -776,36 +739,30 @@ def resumed_flags(flags, given, run):
 
 def start_device(name):
     """Return the device that computes; under torchrun join the other processes."""
-    if name == "cuda" and not torch.cuda.is_available():
+    cuda = name != "cpu" and torch.cuda.is_available()
+    if name == "cuda" and not cuda:
         raise Problem("--device cuda: there is no CUDA here; leave it out")
-    cuda, place = name != "cpu" and torch.cuda.is_available(), int(os.getenv("LOCAL_RANK", 0))
     if cuda:
-        with explain("there must be a CUDA card for each process; lower --nproc-per-node"):
-            torch.cuda.set_device(place)
+        with explain("each process needs a CUDA card of its own; lower --nproc-per-node"):
+            torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
         torch.backends.cudnn.benchmark = True
     if dist.is_torchelastic_launched():
         dist.init_process_group("nccl" if cuda else "gloo")
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w")  # process 0 alone prints
-    return torch.device("cuda", place) if cuda else torch.device("cpu")
+    return torch.device("cuda" if cuda else "cpu")
 
 
-def check(pictures, run, flags, output):
-    """Raise `Problem` if data, run, flags and output do not go together; make the output."""
-    world, count = processes()[1], len(pictures.parts["train"])
-    if flags.batch_size % world or min(flags.batch_size, count) < 2 * world:
+def check(run, data, flags):
+    """Raise `Problem` if run, data and flags do not go together, or nothing can be written."""
+    world = processes()[1]
+    if flags.batch_size % world or min(flags.batch_size, data["sizes"]["train"]) < 2 * world:
         raise Problem(f"{world} processes cannot share --batch-size {flags.batch_size} evenly")
-    for key, value in about(pictures).items():
+    for key, value in data.items():
         if run.get(key, value) != value:
-            raise Problem(f"the data have changed: {key} were {run[key]}, are {value}")
-    with explain(f"cannot make the folder {output}"):
-        output.mkdir(parents=True, exist_ok=True)
-
-
-def about(pictures):
-    """Return what must not change in the data of a run."""
-    sizes = {part: len(indices) for part, indices in pictures.parts.items()}
-    return {"classes": pictures.classes, "sizes": sizes}
+            raise Problem(f"the data of this run have changed: {key} were {run[key]}, are {value}")
+    with explain(f"cannot make the folder {flags.output}; name another --output"):
+        Path(flags.output).mkdir(parents=True, exist_ok=True)
 
 
 def pipeline(flags, given):
@@ -813,25 +770,23 @@ def pipeline(flags, given):
     device, output = start_device(flags.device), Path(flags.output)
     if flags.predict:
         return predict(flags.predict, output / "best_model.pth", device)
-    run = {"typed": vars(flags).copy(), "history": []}
+    run = {"history": []}
     if flags.resume:
         run = once(load_checkpoint, output / "last.pth", LAST)
         flags = resumed_flags(flags, given, run)
 
     pictures = once(read_data, flags.data, flags.image_size)
-    once(check, pictures, run, flags, output)
+    sizes = {part: len(indices) for part, indices in pictures.parts.items()}
+    data = {"classes": pictures.classes, "sizes": sizes}
+    once(check, run, data, flags)
     torch.manual_seed(flags.seed)
-    start = "none" if flags.resume else flags.weights  # a resumed run brings its own
-    model, weights = once(start_model, len(pictures.classes), start, flags.freeze)
+    model, weights = once(start_model, len(pictures.classes), flags.weights, flags.freeze)
     if not flags.resume:
         flags.data, flags.image_size, flags.weights = pictures.name, pictures.size, weights
-        run |= about(pictures) | {"flags": vars(flags)}
-    if flags.workers is None:
-        in_memory = isinstance(pictures.pixels, torch.Tensor)
-        flags.workers = 0 if in_memory else min(8, os.cpu_count() or 1)
-    print(*describe(pictures, model, device, flags), sep="\n", flush=True)
+        run |= data | {"flags": vars(flags)}
 
     loader = make_loader(pictures, flags.workers, device)
+    print(describe(loader, model, device, run), flush=True)
     try:
         fit(model.to(device), loader, run, flags, output)
     except KeyboardInterrupt:
