@@ -819,6 +819,10 @@ def main(argv=None):
         return complain(problem)
     except KeyboardInterrupt:
         return complain(Problem("interrupted", code=130))
+    except RuntimeError as error:  # in the others, when one of several processes has died
+        if not dist.is_initialized():
+            raise
+        return complain(Problem(f"a process has died; go on with --resume ({error})", code=1))
     except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
