@@ -18,22 +18,18 @@ import socket
 import sys
 import time
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps
-from torch import distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import distributed as dist, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, models, utils
 from torchvision.transforms.v2 import functional as transforms
 
 NETWORK_TIMEOUT = 15  # seconds that a server may stay silent
-MOST_SHOWN = 32  # mistakes that are drawn
 # what the ImageNet weights were trained with: mean and deviation of pixels from 0 to 255, 3×1×1
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 DEVIATION = 255 * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -56,6 +52,14 @@ def explain(message, code=2):
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         raise Problem(f"{message} ({reason.splitlines()[0][:200]})", code) from error
+
+
+def attempt(function, *args):
+    """Return a function's result and None, or None and the `Problem` that it raised."""
+    try:
+        return function(*args), None
+    except Problem as problem:
+        return None, problem
 
 
 # ---- 1. data: read, split, convert ---------------------------------------------------------------
@@ -85,11 +89,10 @@ class Pictures(SimpleNamespace, Dataset):
 def read_data(name, size):
     """Return the `Pictures` of a named set, of a folder, or for "auto" of the first to be had."""
     if name == "auto":
-        try:
-            return read_data("cifar10", size)
-        except Problem as problem:
+        pictures, problem = attempt(read_data, "cifar10", size)
+        if problem:
             warn(f"{problem}\nTraining on drawn DIGITS instead, which say nothing about photos.")
-            return read_data("digits", size)
+        return pictures or read_data("digits", size)
     readers = {"cifar10": read_cifar, "cifar100": read_cifar, "digits": draw_digits}
     pixels, labels, parts, classes = readers.get(name, read_folder)(name)
     labels, size = torch.tensor(labels), size or (32 if name in readers else 224)
@@ -133,25 +136,22 @@ def read_folder(root):
     folders = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
     if "train" not in folders or not subfolders(root / "train"):
         folders = {"train": root}
-    classes = subfolders(folders["train"])
+    classes = sorted(set().union(*map(subfolders, folders.values())))  # of all parts alike
     if len(classes) < 2:
-        raise Problem(f"{folders['train']} needs two or more folders of pictures, one for a class")
+        raise Problem(f"{root} needs two or more folders of pictures, one for each class")
     for part, folder in folders.items():
-        odd = set(subfolders(folder)) ^ set(classes)
-        if odd:
-            raise Problem(f"only one of {folders['train']} and {folder} has a class {min(odd)!r}")
         start = len(paths)
         for label, name in enumerate(classes):
-            files = {path: why_unreadable(path) for path in visible(folder / name)}
+            files = {path: attempt(check_header, path)[1] for path in visible(folder / name)}
             broken += filter(None, files.values())
-            readable = [path for path, reason in files.items() if not reason]
+            readable = [path for path, problem in files.items() if not problem]
             if not readable:
                 raise Problem(f"there are no pictures in {folder / name}; add some or remove it")
             paths += readable
             labels += [label] * len(readable)
         parts[part] = torch.arange(start, len(paths))
     if broken:
-        warn("\n".join([f"{len(broken)} files are left out:", *broken]))
+        warn("\n".join([f"{len(broken)} files are left out:", *map(str, broken)]))
     return paths, labels, parts, classes
 
 
@@ -166,18 +166,14 @@ def subfolders(folder):
     return [path.name for path in visible(folder) if path.is_dir()]
 
 
-def why_unreadable(path):
-    """Return why a file is no picture, as far as its header tells, or ""."""
-    try:
-        with explain(f"{path}: no picture"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if not path.is_file():  # a pipe would never answer
-                return f"{path}: not a file"
-            Image.open(path).close()
-            return ""
-    except Problem as problem:
-        return str(problem)
+def check_header(path):
+    """Raise `Problem` if a file is no picture, as far as its header tells."""
+    with explain(f"{path}: no picture"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if not path.is_file():  # a pipe would never answer
+            raise ValueError("not a file")
+        Image.open(path).close()
 
 
 def decode(path, size):
@@ -227,11 +223,11 @@ def load(loader, batches, device):
 
 
 def augment(pixels, mirror):
-    """Shift each picture by up to an eighth of its side, repeating its edge; mirror half."""
+    """Shift each picture by up to a sixteenth of its side, repeating its edge; mirror half."""
     count, side, device = len(pixels), pixels.shape[-1], pixels.device
 
     def shifted():  # for each picture, which of its rows or columns goes where: count×side
-        shift = torch.randint(-(side // 8), side // 8 + 1, (count, 1), device=device)
+        shift = torch.randint(-(side // 16), side // 16 + 1, (count, 1), device=device)
         return (torch.arange(side, device=device) + shift).clamp(0, side - 1)
 
     rows, columns = shifted(), shifted()
@@ -281,16 +277,16 @@ def build_model(num_classes, weights):
     return model.to(memory_format=torch.channels_last)
 
 
-def start_model(num_classes, weights, freeze):
+def start_model(num_classes, weights, freeze, seed):
     """Return the model to train and what its weights are, "imagenet" or "none"."""
     if weights == "auto":
-        try:
-            return start_model(num_classes, "imagenet", freeze)
-        except Problem as problem:
-            if freeze:
-                raise
+        started, problem = attempt(start_model, num_classes, "imagenet", freeze, seed)
+        if problem and freeze:
+            raise problem
+        if problem:
             warn(f"{problem}\nStarting from RANDOM weights instead, which need more pictures.")
-            return start_model(num_classes, "none", freeze)
+        return started or start_model(num_classes, "none", freeze, seed)
+    torch.manual_seed(hash((seed,)))
     model = build_model(num_classes, weights)
     model.requires_grad_(not freeze).fc.requires_grad_(True)
     return model, weights
@@ -315,7 +311,7 @@ def make_optimizer(model, lr, steps):
     (Smith and Topin, "Super-Convergence", 2018).
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
+    optimizer = torch.optim.Adam(trained, lr=lr, betas=(0.9, 0.99), fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     return nn.CrossEntropyLoss(), optimizer, scheduler
 
@@ -323,14 +319,14 @@ def make_optimizer(model, lr, steps):
 # ---- 5. training ---------------------------------------------------------------------------------
 
 
-def train(model, loader, batches, criterion, optimizer, scheduler, freeze, show):
+def train(model, loader, batches, criterion, optimizer, scheduler, show):
     """Train for one epoch; return the mean loss and how many pictures a second went through.
 
-    With `freeze` the batch-norm statistics rest as well as the frozen weights. `show` is called
-    with the number of the batch and its loss; beside it nothing waits for the device.
+    `show` is called with the number of the batch and its loss; beside it nothing waits for the
+    device.
     """
     device = next(model.parameters()).device
-    model.train(not freeze)
+    model.train(all(weight.requires_grad for weight in model.parameters()))  # frozen: none moves
     total, count, start = torch.zeros((), device=device), 0, time.perf_counter()
     for number, (pixels, labels) in enumerate(load(loader, batches, device), 1):
         loss = criterion(classify(model, augment(pixels, loader.dataset.mirror)), labels)
@@ -358,18 +354,17 @@ def fit(model, loader, run, flags, output):
     with explain(f"{output / 'last.pth'} is not of this program or this run"):
         for name in stateful.keys() & run.keys():
             stateful[name].load_state_dict(run[name])
-    many = dist.is_initialized()
-    replica = DistributedDataParallel(model) if many else model
+    replica = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
     once(save_run, run, stateful, output)
     while len(history) < flags.epochs and standing(history)[1] < (flags.patience or math.inf):
         start, epoch = time.perf_counter(), len(history) + 1
         row = dict.fromkeys(LOG) | {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
         batches = deal(parts["train"], flags, epoch)
         show = progress(f"epoch {epoch}/{flags.epochs}", len(batches), flags.batch_size)
-        row["train_loss"], row["images_per_second"] = train(
-            replica, loader, batches, criterion, optimizer, scheduler, flags.freeze, show
-        )
-        average_statistics(model)
+        speed = train(replica, loader, batches, criterion, optimizer, scheduler, show)
+        row["train_loss"], row["images_per_second"] = speed
+        for buffer in model.buffers():  # the same batch-norm statistics on all processes
+            buffer.copy_(sum(gather(buffer.cpu())) / processes()[1])
         if epoch % flags.validate_every == 0 or epoch == flags.epochs:
             loss, confusion, _ = evaluate(model, loader, "val", criterion, flags.batch_size)
             accuracy = confusion.trace().item() / confusion.sum().item()
@@ -406,36 +401,32 @@ def standing(history):
 def evaluate(model, loader, part, criterion, batch_size):
     """Return mean loss, confusion (int64 C×C, true × predicted) and surest mistakes on a part.
 
-    The mistakes are four tensors, surest first: confidence, true label, predicted label, pixels.
-    Each process counts its own share of the pictures; the results are those of all.
+    A mistake is its confidence, true label, predicted label and pixels (uint8 3×S×S). Each process
+    counts its own share of the pictures; the results are those of all.
     """
-    device = next(model.parameters()).device
+    device, classes = next(model.parameters()).device, len(loader.dataset.classes)
     rank, world = processes()
     share = loader.dataset.parts[part][rank::world]
     batches = [batch.tolist() for batch in share.split(batch_size) if len(batch)]
-    classes = len(loader.dataset.classes)
-    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    total, mistakes = torch.zeros((), device=device), []
+    loss, confusion, mistakes = 0, torch.zeros(classes, classes, dtype=torch.int64), []
     model.eval()
     for pixels, labels in load(loader, batches, device):
         logits = classify(model, pixels)
-        total += criterion(logits, labels) * len(labels)
+        loss += criterion(logits, labels).item() * len(labels)
         confidence, predicted = logits.softmax(1).max(1)
-        confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
-        confidence = torch.where(predicted == labels, -1, confidence)  # the right ones come last
-        mistakes = [surest([*mistakes, (confidence, labels, predicted, pixels)])]
-    own = total.item(), confusion.cpu(), [tuple(column.cpu() for column in row) for row in mistakes]
-    totals, confusions, mistakes = zip(*gather(own))
-    mistakes = surest(sum(mistakes, []))
-    found, confusion = mistakes[0] >= 0, sum(confusions)
-    return sum(totals) / confusion.sum().item(), confusion, [column[found] for column in mistakes]
+        pairs = torch.bincount(labels * classes + predicted, minlength=classes**2)
+        confusion += pairs.cpu().view(classes, classes)
+        wrong = predicted != labels
+        columns = (column[wrong].cpu() for column in (confidence, labels, predicted, pixels))
+        mistakes = surest([*mistakes, *zip(*columns)])
+    losses, confusions, mistakes = zip(*gather((loss, confusion, mistakes)))
+    confusion = sum(confusions)
+    return sum(losses) / confusion.sum().item(), confusion, surest(sum(mistakes, []))
 
 
-def surest(rows):
-    """Return the surest of the mistakes in several rows (confidence, true, predicted, pixels)."""
-    columns = [torch.cat(column) for column in zip(*rows)]
-    top = columns[0].topk(min(MOST_SHOWN, len(columns[0]))).indices
-    return tuple(column[top] for column in columns)
+def surest(mistakes):
+    """Return the 32 mistakes of the greatest confidence."""
+    return sorted(mistakes, key=lambda mistake: -mistake[0])[:32]
 
 
 def report(confusion, classes):
@@ -463,11 +454,11 @@ def draw_mistakes(mistakes, classes, path):
 
     Without mistakes an older picture is removed. Returns a line that tells what was done.
     """
-    if not len(mistakes[0]):
+    if not mistakes:
         path.unlink(missing_ok=True)
         return "no mistakes, so no picture of them"
-    font, tiles, buffer = ImageFont.load_default(13), [], io.BytesIO()
-    for confidence, true, predicted, pixels in zip(*mistakes):
+    font, tiles = ImageFont.load_default(13), []
+    for confidence, true, predicted, pixels in mistakes:
         picture = transforms.to_pil_image(pixels)
         side = picture.width * max(1, 192 // picture.width)  # whole multiples keep pixels sharp
         tile = Image.new("RGB", (max(side, 192), side + 22), "white")
@@ -478,8 +469,8 @@ def draw_mistakes(mistakes, classes, path):
             names[len(names[1]) >= len(names[0])] = max(names[::-1], key=len)[:-1]
         ImageDraw.Draw(tile).text((2, side + 3), text, "black", font)
         tiles.append(transforms.pil_to_tensor(tile))
-    transforms.to_pil_image(utils.make_grid(tiles, padding=4, pad_value=255)).save(buffer, "png")
-    write(path, buffer)
+    sheet = transforms.to_pil_image(utils.make_grid(tiles, padding=4, pad_value=255))
+    write(path, lambda file: sheet.save(file, "png"))
     return f"the surest mistakes are drawn in {path}"
 
 
@@ -492,42 +483,37 @@ def predict(files, path, device):
     model, best = load_best(path)
     model, code = model.to(device).eval(), 0
     for file in files:
-        try:
-            pixels = torch.from_numpy(decode(file, best["image_size"])).to(device)
-        except Problem as problem:
-            code = bool(complain(problem))
+        pixels, problem = attempt(decode, file, best["image_size"])
+        if problem:
+            code = min(1, complain(problem))
             continue
-        shares = classify(model, pixels.permute(2, 0, 1)[None])[0].softmax(0)
+        pixels = torch.from_numpy(pixels).to(device).permute(2, 0, 1)
+        shares = classify(model, pixels[None])[0].softmax(0)
         likeliest = zip(*shares.topk(min(3, len(shares))))
         guesses = [f"{printable(best['classes'][label])} {share:.1%}" for share, label in likeliest]
         print(printable(file), *guesses, sep="  ", flush=True)
-    return int(code)
+    return code
 
 
 # ---- what is saved -------------------------------------------------------------------------------
 
 LOG = ["epoch", "train_loss", "val_loss", "val_accuracy"]
 LOG += ["learning_rate", "images_per_second", "seconds"]
-BEST = ["model", "classes", "image_size", "epoch", "val_accuracy"]
-LAST = ["model", "optimizer", "scheduler", "history", "flags", "classes", "sizes"]
+BEST = {"model": dict, "classes": list, "image_size": int, "epoch": int, "val_accuracy": float}
+LAST = {"model": dict, "optimizer": dict, "scheduler": dict, "history": list, "flags": dict}
+LAST |= {"classes": list, "sizes": dict}
 
 
-def write(path, buffer):
-    """Put the content of a `BytesIO` in the place of a file, or leave the older file whole."""
-    temporary = path.with_name(path.name + ".tmp")
+def write(path, put):
+    """Let `put(file)` write a file that takes the place of an older one when it is whole."""
+    temporary, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
+    put(buffer)
     with explain(f"cannot write {path}; make room, then go on with --resume", code=1):
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-
-
-def save(checkpoint, path):
-    """Write a dictionary that has tensors in it."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write(path, buffer)
 
 
 def save_run(run, stateful, output):
@@ -541,24 +527,26 @@ def save_run(run, stateful, output):
         raise Problem("the loss is no longer a number; start again with a lower --lr", code=1)
     rows = [LOG, *([("" if row[key] is None else row[key]) for key in LOG] for row in history)]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    write(output / "log.csv", io.BytesIO(table.encode()))
+    write(output / "log.csv", lambda file: file.write(table.encode()))
     run |= {name: part.state_dict() for name, part in stateful.items()}
-    save(run, output / "last.pth")
+    write(output / "last.pth", lambda file: torch.save(run, file))
     best, since = standing(history)
     if best is None and best_path.exists():
         os.replace(best_path, output / "best_model.previous.pth")
         print(f"the best model of an earlier run is now {output / 'best_model.previous.pth'}")
     elif best and best is history[-1]:
-        save({key: (run | run["flags"] | best)[key] for key in BEST}, best_path)
+        model = {key: (run | run["flags"] | best)[key] for key in BEST}
+        write(best_path, lambda file: torch.save(model, file))
 
 
-def load_checkpoint(path, keys):
-    """Return what a checkpoint has under these keys; nothing in it is executed."""
-    if not path.exists():
-        raise Problem(f"there is no {path}; train first, or name its folder with --output")
-    with explain(f"{path} is damaged, or no checkpoint of this program"):
+def load_checkpoint(path, kinds):
+    """Return a checkpoint that has these keys and kinds of values; nothing in it is executed."""
+    with explain(f"cannot use {path}; train first, or name its folder with --output"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: checkpoint[key] for key in keys}
+        wrong = [key for key, kind in kinds.items() if not isinstance(checkpoint[key], kind)]
+        if wrong:
+            raise TypeError(f"not of this program: {wrong[0]}")
+        return {key: checkpoint[key] for key in kinds}
 
 
 def load_best(path):
@@ -588,24 +576,14 @@ def gather(value):
 
 def once(function, *args):
     """Call a function on process 0 alone; return its result, or end with its `Problem`, on all."""
-    first, result = processes()[0] == 0, [None]
-    if first:
-        try:
-            result = [function(*args)]
-        except Problem as problem:
-            result = [problem]
+    first = processes()[0] == 0
+    outcome = [attempt(function, *args) if first else None]
     if dist.is_initialized():
-        dist.broadcast_object_list(result)
-    if isinstance(result[0], Problem):
-        raise result[0] if first else SystemExit(result[0].code)
-    return result[0]
-
-
-def average_statistics(model):
-    """Give all processes the same batch-norm statistics, so that what is validated is saved."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            buffer.copy_(sum(gather(buffer.cpu())) / processes()[1])
+        dist.broadcast_object_list(outcome)
+    result, problem = outcome[0]
+    if problem:
+        raise problem if first else SystemExit(problem.code)
+    return result
 
 
 # ---- what is said --------------------------------------------------------------------------------
@@ -646,7 +624,7 @@ def progress(title, batches, batch_size):
         if sys.stderr.isatty() and time.monotonic() - shown > 1:
             shown = time.monotonic()
             speed = number / (shown - start)
-            left = timedelta(seconds=round((batches - number) / speed))
+            left = time.strftime("%H:%M:%S", time.gmtime((batches - number) / speed))
             done = f"{title}  batch {number}/{batches}  loss {loss.item():.4f}"
             show_line(f"{done}  {batch_size * speed:.0f} images/s  {left} left")
 
@@ -779,8 +757,8 @@ def pipeline(flags, given):
     sizes = {part: len(indices) for part, indices in pictures.parts.items()}
     data = {"classes": pictures.classes, "sizes": sizes}
     once(check, run, data, flags)
-    torch.manual_seed(flags.seed)
-    model, weights = once(start_model, len(pictures.classes), flags.weights, flags.freeze)
+    start = len(pictures.classes), flags.weights, flags.freeze, flags.seed
+    model, weights = once(start_model, *start)
     if not flags.resume:
         flags.data, flags.image_size, flags.weights = pictures.name, pictures.size, weights
         run |= data | {"flags": vars(flags)}
@@ -789,9 +767,9 @@ def pipeline(flags, given):
     print(describe(loader, model, device, run), flush=True)
     try:
         fit(model.to(device), loader, run, flags, output)
+        test(loader, output, device, flags.batch_size)
     except KeyboardInterrupt:
         raise Problem("interrupted; go on with --resume", code=130) from None
-    test(loader, output, device, flags.batch_size)
     return 0
 
 
