@@ -105,7 +105,9 @@ def read_cifar(name):
     """Return pixels, labels, parts and classes of CIFAR-10 or CIFAR-100, fetched if need be."""
     dataset = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     folder = Path("data").absolute()
-    with explain(f"{name} is not in {folder} and cannot be fetched; try later or use --data"):
+    progress = sys.stderr if sys.stderr.isatty() else io.StringIO()  # no bar in a log
+    hint = f"{name} is not in {folder} and cannot be fetched; try later or use --data"
+    with explain(hint), contextlib.redirect_stderr(progress):
         train, test = (dataset(folder, train, download=True) for train in (True, False))
     indices = torch.arange(len(train) + len(test))
     parts = {"train": indices[: len(train)], "test": indices[len(train) :]}
@@ -269,7 +271,8 @@ def build_model(num_classes, weights):
     if weights == "imagenet":
         with explain("the ImageNet weights cannot be had; try later or use --weights none"):
             pretrained = models.ResNet18_Weights.IMAGENET1K_V1
-            model.load_state_dict(pretrained.get_state_dict(check_hash=True, weights_only=True))
+            options = {"progress": sys.stderr.isatty(), "check_hash": True, "weights_only": True}
+            model.load_state_dict(pretrained.get_state_dict(**options))
     model.fc = nn.Linear(model.fc.in_features, num_classes)
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
