@@ -14,10 +14,12 @@ import io
 import math
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,7 +93,7 @@ def read_data(name, size):
     if name == "auto":
         pictures, problem = attempt(read_data, "cifar10", size)
         if problem:
-            warn(f"{problem}\nTraining on drawn DIGITS instead, which say nothing about photos.")
+            warn(problem, "Training on drawn DIGITS instead, which say nothing about photos.")
         return pictures or read_data("digits", size)
     readers = {"cifar10": read_cifar, "cifar100": read_cifar, "digits": draw_digits}
     pixels, labels, parts, classes = readers.get(name, read_folder)(name)
@@ -153,7 +155,7 @@ def read_folder(root):
             labels += [label] * len(readable)
         parts[part] = torch.arange(start, len(paths))
     if broken:
-        warn("\n".join([f"{len(broken)} files are left out:", *map(str, broken)]))
+        warn(f"{len(broken)} files are left out:", *broken)
     return paths, labels, parts, classes
 
 
@@ -211,7 +213,14 @@ def make_loader(pictures, workers, device):
         workers = 0 if isinstance(pictures.pixels, torch.Tensor) else min(8, os.cpu_count() or 1)
     pinned, generator = device.type == "cuda", torch.Generator()  # the global one is for training
     options = {"persistent_workers": workers > 0, "pin_memory": pinned, "generator": generator}
-    return DataLoader(pictures, batch_size=None, sampler=[], num_workers=workers, **options)
+    options |= {"num_workers": workers, "worker_init_fn": leave_interrupts}
+    return DataLoader(pictures, batch_size=None, sampler=[], **options)
+
+
+def leave_interrupts(worker):
+    """Let the main process alone answer Ctrl-C, and a worker go without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None
 
 
 def load(loader, batches, device):
@@ -287,7 +296,7 @@ def start_model(num_classes, weights, freeze, seed):
         if problem and freeze:
             raise problem
         if problem:
-            warn(f"{problem}\nStarting from RANDOM weights instead, which need more pictures.")
+            warn(problem, "Starting from RANDOM weights instead, which need more pictures.")
         return started or start_model(num_classes, "none", freeze, seed)
     torch.manual_seed(hash((seed,)))
     model = build_model(num_classes, weights)
@@ -504,7 +513,7 @@ LOG = ["epoch", "train_loss", "val_loss", "val_accuracy"]
 LOG += ["learning_rate", "images_per_second", "seconds"]
 BEST = {"model": dict, "classes": list, "image_size": int, "epoch": int, "val_accuracy": float}
 LAST = {"model": dict, "optimizer": dict, "scheduler": dict, "history": list, "flags": dict}
-LAST |= {"classes": list, "sizes": dict}
+LAST |= {"classes": list, "sizes": dict, "fingerprint": int}
 
 
 def write(path, put):
@@ -597,9 +606,9 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-def warn(text):
+def warn(*lines):
     """Write a warning on stderr that cannot be overlooked."""
-    lines = ["warning: " + printable(line) for line in text.split("\n")]
+    lines = ["warning: " + printable(line) for line in lines]
     print("=" * 80, *lines, "=" * 80, sep="\n", file=sys.stderr, flush=True)
 
 
@@ -758,7 +767,8 @@ def pipeline(flags, given):
 
     pictures = once(read_data, flags.data, flags.image_size)
     sizes = {part: len(indices) for part, indices in pictures.parts.items()}
-    data = {"classes": pictures.classes, "sizes": sizes}
+    fingerprint = zlib.crc32(repr(pictures.pixels).encode())  # of the files' names, in a folder
+    data = {"classes": pictures.classes, "sizes": sizes, "fingerprint": fingerprint}
     once(check, run, data, flags)
     start = len(pictures.classes), flags.weights, flags.freeze, flags.seed
     model, weights = once(start_model, *start)
