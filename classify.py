@@ -155,7 +155,7 @@ def read_folder(root):
             labels += [label] * len(readable)
         parts[part] = torch.arange(start, len(paths))
     if broken:
-        warn(f"{len(broken)} files are left out:", *broken)
+        warn(f"files left out: {len(broken)}", *broken)
     return paths, labels, parts, classes
 
 
