@@ -542,7 +542,7 @@ def save_run(run, stateful, output):
     write(output / "log.csv", lambda file: file.write(table.encode()))
     run |= {name: part.state_dict() for name, part in stateful.items()}
     write(output / "last.pth", lambda file: torch.save(run, file))
-    best, since = standing(history)
+    best = standing(history)[0]
     if best is None and best_path.exists():
         os.replace(best_path, output / "best_model.previous.pth")
         print(f"the best model of an earlier run is now {output / 'best_model.previous.pth'}")
