@@ -9,8 +9,8 @@ It reads from top to bottom as the work goes: 1 data, 2 model, 3 loss and 4 opti
 """
 
 import argparse
+import atexit
 import contextlib
-import io
 import math
 import os
 import shutil
@@ -32,10 +32,12 @@ from torchvision import datasets, models, utils
 from torchvision.transforms.v2 import functional as transforms
 
 NETWORK_TIMEOUT = 15  # seconds that a server may stay silent
-# what the ImageNet weights were trained with: mean and deviation of pixels from 0 to 255, 3×1×1
-MEAN = 255 * torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-DEVIATION = 255 * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+# which process this is and of how many, under torchrun
+RANK, WORLD = (int(os.getenv(name, least)) for name, least in (("RANK", 0), ("WORLD_SIZE", 1)))
+# mean and deviation of the pixels, from 0 to 255, that the ImageNet weights were trained with
+IMAGENET = 255 * torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
 ImageFile.LOAD_TRUNCATED_IMAGES = True  # a photo that breaks off is used as far as it goes
+warnings.filterwarnings("ignore", module="PIL")  # it warns of oddities in files that it reads well
 
 
 class Problem(Exception):
@@ -52,8 +54,15 @@ def explain(message, code=2):
     try:
         yield
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        # the context of torch.save's error is the disk's
+        reason = getattr(error.__context__ or error, "strerror", None) or str(error) or repr(error)
         raise Problem(f"{message} ({reason.splitlines()[0][:200]})", code) from error
+
+
+def require(condition, message, code=2):
+    """Raise a `Problem` unless a condition holds."""
+    if not condition:
+        raise Problem(message, code)
 
 
 def attempt(function, *args):
@@ -71,21 +80,18 @@ class Pictures(SimpleNamespace, Dataset):
     """A data set. It holds pixels only, and an item is a whole batch, asked for by its indices.
 
     name:   what --data says
-    pixels: uint8 N×H×W×3 in memory, or the paths of N files, decoded when they are asked for
+    pixels: uint8 N×H×W×3 in memory, or the names of N files, decoded when they are asked for
     labels: int64 N, positions in `classes`
     parts:  the indices of "train", "val" and "test", which share no picture
+    crc:    a checksum of classes and files' names, by which a resumed run knows its data
     mirror: whether a mirrored picture is still one of its class (a photo is, a digit is not)
     size:   the side to which pictures are brought, in pixels
     """
 
     def __getitem__(self, indices):
         """Return uint8 B×3×H×W and labels B; raises `Problem` if a file cannot be decoded."""
-        if isinstance(self.pixels, torch.Tensor):
-            pixels = self.pixels[indices]
-        else:
-            files = [decode(self.pixels[index], self.size) for index in indices]
-            pixels = torch.from_numpy(np.stack(files))
-        return pixels.permute(0, 3, 1, 2), self.labels[indices]
+        pixels = np.stack([decode(self.pixels[index], self.size) for index in indices])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2), self.labels[indices]
 
 
 def read_data(name, size):
@@ -97,9 +103,10 @@ def read_data(name, size):
         return pictures or read_data("digits", size)
     readers = {"cifar10": read_cifar, "cifar100": read_cifar, "digits": draw_digits}
     pixels, labels, parts, classes = readers.get(name, read_folder)(name)
-    labels, size = torch.tensor(labels), size or (32 if name in readers else 224)
+    labels, size = np.array(labels), size or (32 if name in readers else 224)
     parts = split_off_missing(labels, parts, classes, name)
-    data = {"name": name, "pixels": pixels, "labels": labels, "parts": parts, "classes": classes}
+    data = {"name": name, "pixels": pixels, "labels": torch.from_numpy(labels), "parts": parts}
+    data |= {"classes": classes, "crc": zlib.crc32(repr((classes, pixels)).encode())}
     return Pictures(**data, mirror=name != "digits", size=size)
 
 
@@ -107,56 +114,47 @@ def read_cifar(name):
     """Return pixels, labels, parts and classes of CIFAR-10 or CIFAR-100, fetched if need be."""
     dataset = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     folder = Path("data").absolute()
-    progress = sys.stderr if sys.stderr.isatty() else io.StringIO()  # no bar in a log
+    progress = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # no bar in a log
     hint = f"{name} is not in {folder} and cannot be fetched; try later or use --data"
     with explain(hint), contextlib.redirect_stderr(progress):
         train, test = (dataset(folder, train, download=True) for train in (True, False))
-    indices = torch.arange(len(train) + len(test))
-    parts = {"train": indices[: len(train)], "test": indices[len(train) :]}
-    pixels = torch.from_numpy(np.concatenate([train.data, test.data]))
+    pixels = np.concatenate([train.data, test.data])
+    parts = ["train"] * len(train) + ["test"] * len(test)
     return pixels, train.targets + test.targets, parts, train.classes
 
 
 def draw_digits(name):
     """Return pixels, labels, parts and classes of 6,000 drawn pictures of the ten digits."""
-    fonts = [ImageFont.load_default(size) for size in range(18, 29)]
     pixels, labels = [], [index % 10 for index in range(6000)]
     streams = [np.random.default_rng(0)] * 5000 + [np.random.default_rng(1)] * 1000
     for label, rng in zip(labels, streams):
-        glyph, place = Image.new("L", (32, 32)), tuple(rng.uniform(13, 19, 2))
-        ImageDraw.Draw(glyph).text(place, str(label), 255, rng.choice(fonts), anchor="mm")
-        glyph = glyph.rotate(rng.uniform(-20, 20), Image.Resampling.BILINEAR)
-        ink = np.asarray(glyph, dtype=np.float32)[:, :, None] / 255
+        glyph, font = Image.new("L", (32, 32)), ImageFont.load_default(rng.integers(18, 29))
+        ImageDraw.Draw(glyph).text(rng.uniform(13, 19, 2), str(label), 255, font, anchor="mm")
+        ink = np.asarray(glyph.rotate(rng.uniform(-20, 20), Image.BILINEAR))[:, :, None] / 255
         front, back = rng.permutation([rng.integers(0, 100, 3), rng.integers(156, 256, 3)])
         picture = front * ink + back * (1 - ink) + rng.normal(0, 12, (32, 32, 3))
         pixels.append(picture.clip(0, 255).astype(np.uint8))
-    parts = {"train": torch.arange(5000), "test": torch.arange(5000, 6000)}
-    return torch.from_numpy(np.stack(pixels)), labels, parts, list("0123456789")
+    return np.stack(pixels), labels, ["train"] * 5000 + ["test"] * 1000, list("0123456789")
 
 
 def read_folder(root):
     """Return paths, labels, parts and classes of ROOT/train|val|test/CLASS/* or ROOT/CLASS/*."""
-    root, paths, labels, parts, broken = Path(root), [], [], {}, []
+    root, found, broken = Path(root), [], []
     folders = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
     if "train" not in folders or not subfolders(root / "train"):
         folders = {"train": root}
     classes = sorted(set().union(*map(subfolders, folders.values())))  # of all parts alike
-    if len(classes) < 2:
-        raise Problem(f"{root} needs two or more folders of pictures, one for each class")
+    require(len(classes) > 1, f"{root} needs two or more folders of pictures, one for each class")
     for part, folder in folders.items():
-        start = len(paths)
         for label, name in enumerate(classes):
             files = {path: attempt(check_header, path)[1] for path in visible(folder / name)}
             broken += filter(None, files.values())
-            readable = [path for path, problem in files.items() if not problem]
-            if not readable:
-                raise Problem(f"there are no pictures in {folder / name}; add some or remove it")
-            paths += map(str, readable)  # they take less memory than paths
-            labels += [label] * len(readable)
-        parts[part] = torch.arange(start, len(paths))
+            readable = [str(path) for path, problem in files.items() if not problem]
+            require(readable, f"there are no pictures in {folder / name}; add some or remove it")
+            found += [(path, label, part) for path in readable]
     if broken:
         warn(f"files left out: {len(broken)}", *broken)
-    return paths, labels, parts, classes
+    return *zip(*found), classes
 
 
 def visible(folder):
@@ -172,18 +170,19 @@ def subfolders(folder):
 
 def check_header(path):
     """Raise `Problem` if a file is no picture, as far as its header tells."""
-    with explain(f"{path}: no picture"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        if not path.is_file():  # a pipe would never answer
-            raise ValueError("not a file")
+    with explain(f"{path}: no picture"):
+        require(path.is_file(), "not a file")  # a pipe would never answer
         Image.open(path).close()
 
 
 def decode(path, size):
-    """Return a picture as uint8 size×size×3: upright, its shorter side `size`, its middle."""
-    with explain(f"cannot read {path}"), warnings.catch_warnings(), Image.open(path) as image:
-        warnings.simplefilter("ignore")
+    """Return a picture file as uint8 size×size×3: upright, its shorter side `size`, its middle.
+
+    What is in memory as pixels already is returned as it is.
+    """
+    if isinstance(path, np.ndarray):
+        return path
+    with explain(f"{path} cannot be read as a picture; leave it out"), Image.open(path) as image:
         image.draft("RGB", (size, size))  # lets the JPEG reader skip detail that is not needed
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
@@ -192,29 +191,26 @@ def decode(path, size):
 
 
 def split_off_missing(labels, parts, classes, source):
-    """Split a tenth of each class off "train" for "val" and for "test", where they are missing."""
-    generator = torch.Generator().manual_seed(0)  # not --seed: the split is always the same
+    """Return the indices of each part; those that no picture is in get a tenth of each class."""
     missing = [part for part in ("val", "test") if part not in parts]
-    pieces = {part: [] for part in (*missing, "train")}
+    parts, rng = np.array(parts), np.random.default_rng(0)  # not --seed: the split is the same
     for label, name in enumerate(classes):
-        own = parts["train"][labels[parts["train"]] == label]
-        own = own[torch.randperm(len(own), generator=generator)]
-        sizes = [max(1, round(len(own) / 10))] * len(missing)
-        if len(own) <= sum(sizes):
-            raise Problem(f"{source}: class {name!r} has too few pictures to split ({len(own)})")
-        for part, piece in zip(pieces, own.split([*sizes, len(own) - sum(sizes)])):
-            pieces[part].append(piece)
-    return parts | {part: torch.cat(indices) for part, indices in pieces.items()}
+        own = rng.permutation(np.flatnonzero((parts == "train") & (labels == label)))
+        tenth = max(1, round(len(own) / 10))
+        require(len(own) > tenth * len(missing), f"{source}: class {name!r} is too small to split")
+        for number, part in enumerate(missing):
+            parts[own[number * tenth :][:tenth]] = part
+    return {p: torch.from_numpy(np.flatnonzero(parts == p)) for p in ("train", "val", "test")}
 
 
 def make_loader(pictures, workers, device):
     """Return the one loader of a run; an item of it is a batch, and `load` says which it reads."""
     if workers is None:
-        workers = 0 if isinstance(pictures.pixels, torch.Tensor) else min(8, os.cpu_count() or 1)
-    pinned, generator = device.type == "cuda", torch.Generator()  # the global one is for training
-    options = {"persistent_workers": workers > 0, "pin_memory": pinned, "generator": generator}
-    options |= {"num_workers": workers, "worker_init_fn": leave_interrupts}
-    return DataLoader(pictures, batch_size=None, sampler=[], **options)
+        workers = 0 if isinstance(pictures.pixels, np.ndarray) else min(8, os.cpu_count() or 1)
+    options = {"num_workers": workers, "persistent_workers": workers > 0}
+    options |= {"worker_init_fn": leave_interrupts, "pin_memory": device.type == "cuda"}
+    # a generator of its own, for the global one is for training
+    return DataLoader(pictures, batch_size=None, sampler=[], generator=torch.Generator(), **options)
 
 
 def leave_interrupts(worker):
@@ -227,21 +223,16 @@ def load(loader, batches, device):
     """Yield pixels (uint8 B×3×S×S) and labels (int64 B) on `device` for each list of indices."""
     loader.sampler[:] = batches
     for pixels, labels in loader:
-        pixels = pixels.to(device, non_blocking=True)
-        if pixels.shape[-1] != loader.dataset.size:
-            pixels = transforms.resize(pixels, [loader.dataset.size] * 2)
+        # what was a file has that size already
+        pixels = transforms.resize(pixels.to(device, non_blocking=True), [loader.dataset.size] * 2)
         yield pixels, labels.to(device, non_blocking=True)
 
 
 def augment(pixels, mirror):
     """Shift each picture by up to a sixteenth of its side, repeating its edge; mirror half."""
     count, side, device = len(pixels), pixels.shape[-1], pixels.device
-
-    def shifted():  # for each picture, which of its rows or columns goes where: count×side
-        shift = torch.randint(-(side // 16), side // 16 + 1, (count, 1), device=device)
-        return (torch.arange(side, device=device) + shift).clamp(0, side - 1)
-
-    rows, columns = shifted(), shifted()
+    shift = torch.randint(-(side // 16), side // 16 + 1, (2, count, 1), device=device)
+    rows, columns = (torch.arange(side, device=device) + shift).clamp(0, side - 1)  # count×side
     if mirror:
         columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns.flip(1), columns)
     picture = torch.arange(count, device=device)[:, None, None]
@@ -265,9 +256,8 @@ class Conv3x3(nn.Conv2d):
         if max(height, width) > self.stride[0]:
             return super().forward(x)
         # channels last, as they lie in memory: so the gradient needs no rearranging
-        x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)
-        seen = weight[:, 1 : 1 + height, 1 : 1 + width]
-        return nn.functional.linear(x.flatten(1), seen.flatten(1))[:, :, None, None]
+        seen = self.weight.permute(0, 2, 3, 1)[:, 1 : 1 + height, 1 : 1 + width].flatten(1)
+        return nn.functional.linear(x.permute(0, 2, 3, 1).flatten(1), seen)[:, :, None, None]
 
 
 def build_model(num_classes, weights):
@@ -293,9 +283,8 @@ def start_model(num_classes, weights, freeze, seed):
     """Return the model to train and what its weights are, "imagenet" or "none"."""
     if weights == "auto":
         started, problem = attempt(start_model, num_classes, "imagenet", freeze, seed)
-        if problem and freeze:
-            raise problem
         if problem:
+            require(not freeze, str(problem))
             warn(problem, "Starting from RANDOM weights instead, which need more pictures.")
         return started or start_model(num_classes, "none", freeze, seed)
     torch.manual_seed(hash((seed,)))
@@ -306,10 +295,9 @@ def start_model(num_classes, weights, freeze, seed):
 
 def classify(model, pixels):
     """Return the logits (float B×C) of uint8 pictures, by bfloat16 on CUDA cards that have it."""
-    device = pixels.device
-    mean, deviation = (row.to(device, non_blocking=True) for row in (MEAN, DEVIATION))
-    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    with torch.autocast(device.type, torch.bfloat16, enabled=able):
+    mean, deviation = IMAGENET.to(pixels.device, non_blocking=True)
+    able = pixels.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=able):
         return model((pixels - mean) / deviation).float()
 
 
@@ -332,14 +320,13 @@ def make_optimizer(model, lr, steps):
 
 
 def train(model, loader, batches, criterion, optimizer, scheduler, show):
-    """Train for one epoch; return the mean loss and how many pictures a second went through.
+    """Train for one epoch; return its mean loss and images a second, as log.csv calls them.
 
     `show` is called with the number of the batch and its loss; beside it nothing waits for the
     device.
     """
-    device = next(model.parameters()).device
+    device, total, start = next(model.parameters()).device, 0, time.perf_counter()
     model.train(all(weight.requires_grad for weight in model.parameters()))  # frozen: none moves
-    total, count, start = torch.zeros((), device=device), 0, time.perf_counter()
     for number, (pixels, labels) in enumerate(load(loader, batches, device), 1):
         loss = criterion(classify(model, augment(pixels, loader.dataset.mirror)), labels)
         optimizer.zero_grad()
@@ -347,10 +334,9 @@ def train(model, loader, batches, criterion, optimizer, scheduler, show):
         optimizer.step()
         scheduler.step()
         total += loss.detach() * len(labels)
-        count += len(labels)
         show(number, loss)
-    total, count = map(sum, zip(*gather((total.item(), count))))
-    return total / count, count / (time.perf_counter() - start)
+    total, count = map(sum, zip(*gather((float(total), sum(map(len, batches))))))
+    return {"train_loss": total / count, "images_per_second": count / (time.perf_counter() - start)}
 
 
 def fit(model, loader, run, flags, output):
@@ -366,21 +352,19 @@ def fit(model, loader, run, flags, output):
     with explain(f"{output / 'last.pth'} is not of this program or this run"):
         for name in stateful.keys() & run.keys():
             stateful[name].load_state_dict(run[name])
-    replica = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    replica = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     once(save_run, run, stateful, output)
     while len(history) < flags.epochs and standing(history)[1] < (flags.patience or math.inf):
         start, epoch = time.perf_counter(), len(history) + 1
         row = dict.fromkeys(LOG) | {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
         batches = deal(parts["train"], flags, epoch)
         show = progress(f"epoch {epoch}/{flags.epochs}", len(batches), flags.batch_size)
-        speed = train(replica, loader, batches, criterion, optimizer, scheduler, show)
-        row["train_loss"], row["images_per_second"] = speed
+        row |= train(replica, loader, batches, criterion, optimizer, scheduler, show)
         for buffer in model.buffers():  # the same batch-norm statistics on all processes
-            buffer.copy_(sum(gather(buffer.cpu())) / processes()[1])
+            buffer.copy_(sum(gather(buffer.cpu())) / WORLD)
         if epoch % flags.validate_every == 0 or epoch == flags.epochs:
-            loss, confusion, _ = evaluate(model, loader, "val", criterion, flags.batch_size)
-            accuracy = confusion.trace().item() / confusion.sum().item()
-            row |= {"val_loss": loss, "val_accuracy": accuracy}
+            row["val_loss"], confusion, _ = evaluate(model, loader, "val", flags.batch_size)
+            row["val_accuracy"] = confusion.trace().item() / confusion.sum().item()
         history.append(row | {"seconds": time.perf_counter() - start})
         once(save_run, run, stateful, output)
         show_line("")
@@ -392,11 +376,10 @@ def deal(indices, flags, epoch):
 
     A last batch is left out if a process would get fewer than the two pictures batch-norm needs.
     """
-    rank, world = processes()
     torch.manual_seed(hash((flags.seed, epoch)))  # the same order on all processes
     batches = indices[torch.randperm(len(indices))].split(flags.batch_size)
-    torch.manual_seed(hash((flags.seed, epoch, rank)))  # augmentation of their own
-    return [batch[rank::world].tolist() for batch in batches if len(batch) // world > 1]
+    torch.manual_seed(hash((flags.seed, epoch, RANK)))  # augmentation of their own
+    return [batch[RANK::WORLD].tolist() for batch in batches if len(batch) // WORLD > 1]
 
 
 def standing(history):
@@ -410,29 +393,26 @@ def standing(history):
 
 
 @torch.inference_mode()
-def evaluate(model, loader, part, criterion, batch_size):
+def evaluate(model, loader, part, batch_size):
     """Return mean loss, confusion (int64 C×C, true × predicted) and surest mistakes on a part.
 
     A mistake is its confidence, true label, predicted label and pixels (uint8 3×S×S). Each process
     counts its own share of the pictures; the results are those of all.
     """
     device, classes = next(model.parameters()).device, len(loader.dataset.classes)
-    rank, world = processes()
-    share = loader.dataset.parts[part][rank::world]
+    share = loader.dataset.parts[part][RANK::WORLD]
     batches = [batch.tolist() for batch in share.split(batch_size) if len(batch)]
-    loss, confusion, mistakes = 0, torch.zeros(classes, classes, dtype=torch.int64), []
+    loss, confusion, mistakes = 0, torch.zeros(classes**2, dtype=torch.int64), []
     model.eval()
     for pixels, labels in load(loader, batches, device):
         logits = classify(model, pixels)
-        loss += criterion(logits, labels).item() * len(labels)
+        loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         confidence, predicted = logits.softmax(1).max(1)
-        pairs = torch.bincount(labels * classes + predicted, minlength=classes**2)
-        confusion += pairs.cpu().view(classes, classes)
-        wrong = predicted != labels
-        columns = (column[wrong].cpu() for column in (confidence, labels, predicted, pixels))
+        confusion += torch.bincount(labels * classes + predicted, minlength=classes**2).cpu()
+        columns = (c[predicted != labels].cpu() for c in (confidence, labels, predicted, pixels))
         mistakes = surest([*mistakes, *zip(*columns)])
     losses, confusions, mistakes = zip(*gather((loss, confusion, mistakes)))
-    confusion = sum(confusions)
+    confusion = sum(confusions).view(classes, classes)
     return sum(losses) / confusion.sum().item(), confusion, surest(sum(mistakes, []))
 
 
@@ -441,12 +421,11 @@ def surest(mistakes):
     return sorted(mistakes, key=lambda mistake: -mistake[0])[:32]
 
 
-def report(confusion, classes):
+def report(confusion, names):
     """Return the lines that tell accuracy, each class's scores, and what is confused most."""
     right, true, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
     precision, recall = right / predicted.clamp(min=1), right / true.clamp(min=1)
     scores = torch.stack([precision, recall, 2 * right / (true + predicted).clamp(min=1)], dim=1)
-    names = [printable(name) for name in classes]
     width = max(len(name) for name in [*names, "class"])
     lines = [f"test accuracy {right.sum() / true.sum():.2%} ({right.sum()} of {true.sum()})", ""]
     lines += [f"{'class':{width}}  precision  recall      F1   count"]
@@ -461,7 +440,7 @@ def report(confusion, classes):
     return lines
 
 
-def draw_mistakes(mistakes, classes, path):
+def draw_mistakes(mistakes, names, path):
     """Write a picture of the mistakes, each with its true and its predicted class below.
 
     Without mistakes an older picture is removed. Returns a line that tells what was done.
@@ -471,17 +450,16 @@ def draw_mistakes(mistakes, classes, path):
         return "no mistakes, so no picture of them"
     font, tiles = ImageFont.load_default(13), []
     for confidence, true, predicted, pixels in mistakes:
-        picture = transforms.to_pil_image(pixels)
-        side = picture.width * max(1, 192 // picture.width)  # whole multiples keep pixels sharp
-        tile = Image.new("RGB", (max(side, 192), side + 22), "white")
-        tile.paste(picture.resize((side, side), Image.Resampling.NEAREST))
-        names, text = [printable(classes[label]) for label in (true, predicted)], " " * 999
-        while font.getlength(text) > tile.width - 4:  # cut the longer name until the line fits
-            text = f"{names[0]} -> {names[1]} {confidence:.0%}"
-            names[len(names[1]) >= len(names[0])] = max(names[::-1], key=len)[:-1]
-        ImageDraw.Draw(tile).text((2, side + 3), text, "black", font)
+        times, picture = max(1, 192 // pixels.shape[-1]), transforms.to_pil_image(pixels)
+        tile = ImageOps.scale(picture, times, Image.NEAREST)
+        tile = tile.crop((0, 0, max(tile.width, 192), tile.height + 22))  # the rest is black
+        for cut in range(40, 0, -1):  # letters of each name, until the line fits
+            text = f"{names[true][:cut]} -> {names[predicted][:cut]} {confidence:.0%}"
+            if font.getlength(text) < tile.width - 4:
+                break
+        ImageDraw.Draw(tile).text((2, tile.height - 19), text, "white", font)
         tiles.append(transforms.pil_to_tensor(tile))
-    sheet = transforms.to_pil_image(utils.make_grid(tiles, padding=4, pad_value=255))
+    sheet = transforms.to_pil_image(utils.make_grid(tiles, padding=4))
     write(path, lambda file: sheet.save(file, "png"))
     return f"the surest mistakes are drawn in {path}"
 
@@ -509,20 +487,18 @@ def predict(files, path, device):
 
 # ---- what is saved -------------------------------------------------------------------------------
 
-LOG = ["epoch", "train_loss", "val_loss", "val_accuracy"]
-LOG += ["learning_rate", "images_per_second", "seconds"]
+LOG = "epoch train_loss val_loss val_accuracy learning_rate images_per_second seconds".split()
 BEST = {"model": dict, "classes": list, "image_size": int, "epoch": int, "val_accuracy": float}
 LAST = {"model": dict, "optimizer": dict, "scheduler": dict, "history": list, "flags": dict}
-LAST |= {"classes": list, "sizes": dict, "fingerprint": int}
+LAST |= {"classes": list, "crc": int}
 
 
 def write(path, put):
     """Let `put(file)` write a file that takes the place of an older one when it is whole."""
-    temporary, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
-    put(buffer)
+    temporary = path.with_name(path.name + ".tmp")
     with explain(f"cannot write {path}; make room, then go on with --resume", code=1):
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            put(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -555,9 +531,8 @@ def load_checkpoint(path, kinds):
     """Return a checkpoint that has these keys and kinds of values; nothing in it is executed."""
     with explain(f"cannot use {path}; train first, or name its folder with --output"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        wrong = [key for key, kind in kinds.items() if not isinstance(checkpoint[key], kind)]
-        if wrong:
-            raise TypeError(f"not of this program: {wrong[0]}")
+        ours = all(isinstance(checkpoint[key], kind) for key, kind in kinds.items())
+        require(ours, "not of this program")
         return {key: checkpoint[key] for key in kinds}
 
 
@@ -573,28 +548,22 @@ def load_best(path):
 # ---- several processes, under torchrun; a single one passes through unchanged --------------------
 
 
-def processes():
-    """Return the number of this process and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def gather(value):
     """Return the values of all processes, in the order of their numbers."""
-    values = [value] * processes()[1]
-    if dist.is_initialized():
+    values = [value] * WORLD
+    if WORLD > 1:
         dist.all_gather_object(values, value)
     return values
 
 
 def once(function, *args):
     """Call a function on process 0 alone; return its result, or end with its `Problem`, on all."""
-    first = processes()[0] == 0
-    outcome = [attempt(function, *args) if first else None]
-    if dist.is_initialized():
+    outcome = [attempt(function, *args) if RANK == 0 else None]
+    if WORLD > 1:
         dist.broadcast_object_list(outcome)
     result, problem = outcome[0]
     if problem:
-        raise problem if first else SystemExit(problem.code)
+        raise problem if RANK == 0 else SystemExit(problem.code)
     return result
 
 
@@ -621,10 +590,9 @@ def complain(problem):
 
 def show_line(text):
     """Rewrite one line of a terminal on stderr ("" clears it); without a terminal do nothing."""
-    if sys.stderr.isatty() and processes()[0] == 0:
+    if sys.stderr.isatty() and RANK == 0:
         width = shutil.get_terminal_size().columns - 1
-        end = "" if text else "\r"
-        print(f"\r{text[:width]:{width}}", end=end, file=sys.stderr, flush=True)
+        print(f"{text[:width]:{width}}\r", end="", file=sys.stderr, flush=True)
 
 
 def progress(title, batches, batch_size):
@@ -653,27 +621,24 @@ def epoch_line(history, epochs):
     return line + "  (best)" * (row is standing(history)[0])
 
 
-def describe(loader, model, device, run):
+def describe(pictures, workers, model, device, run):
     """Return what was chosen, to be read before the work starts."""
-    pictures, weights = loader.dataset, run["flags"]["weights"]
-    sizes = ", ".join(f"{run['sizes'][part]} {part}" for part in ("train", "val", "test"))
-    names = [printable(name) for name in pictures.classes]
+    sizes = ", ".join(f"{len(indices)} {part}" for part, indices in pictures.parts.items())
+    names = ", ".join(pictures.classes[:10]) + ", …" * (len(pictures.classes) > 10)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return f"""\
 data     {printable(pictures.name)}: {sizes}, {pictures.size} x {pictures.size} pixels
-classes  {len(names)}: {", ".join(names[:10])}{", …" if len(names) > 10 else ""}
-device   {device}, loader workers: {loader.num_workers}, processes: {processes()[1]}
-weights  {weights}, {trained:,} parameters to train"""
+classes  {len(pictures.classes)}: {printable(names)}
+device   {device}, loader workers: {workers}, processes: {WORLD}
+weights  {run["flags"]["weights"]}, {trained:,} parameters to train"""
 
 
 # ---- flags ---------------------------------------------------------------------------------------
 
 
 DATA = "cifar10, cifar100, digits, or a folder: DIR/CLASS/* or DIR/train|val|test/CLASS/*"
-PATIENCE = "stop after N validations in a row without a better accuracy; 0: never"
 WEIGHTS, DEVICES = ["auto", "imagenet", "none"], ["auto", "cuda", "cpu"]
 LEAST = {"image_size": 1, "epochs": 1, "batch_size": 2, "lr": 1e-12, "validate_every": 1}
-LEAST |= {"patience": 0, "seed": 0, "workers": 0}
 
 
 def make_parser():
@@ -689,7 +654,7 @@ def make_parser():
     add("--weights", default="auto", choices=WEIGHTS, help="to start from (imagenet, else none)")
     add("--freeze", action="store_true", help="train the new head alone (train all)")
     add("--validate-every", type=int, default=1, metavar="N", help="validate every N epochs (1)")
-    add("--patience", type=int, default=5, metavar="N", help=f"{PATIENCE} (5)")
+    add("--patience", type=int, default=5, metavar="N", help="stop after N validations in vain (5)")
     add("--seed", type=int, default=0, metavar="N", help="same seed, same result (0)")
     add = parser.add_argument_group("where and how to run").add_argument
     add("--device", default="auto", choices=DEVICES, help="what computes (cuda, else cpu)")
@@ -706,10 +671,9 @@ def parse_flags(argv):
     parser = make_parser()
     flags = parser.parse_args(argv)
     for name, value in vars(flags).items():
-        if name in LEAST and value is not None and not LEAST[name] <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value}: it must be at least {LEAST[name]}")
-    if flags.freeze and flags.weights == "none":
-        parser.error("--freeze needs trained weights: leave out --weights none")
+        if isinstance(value, (int, float)) and not LEAST.get(name, 0) <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value}: at least {LEAST.get(name, 0)}")
+    require(not flags.freeze or flags.weights != "none", "--freeze needs --weights imagenet")
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(flags)))))
     return flags, {name: value for name, value in given.items() if value is not None}
 
@@ -718,9 +682,9 @@ def resumed_flags(flags, given, run):
     """Return the flags of the run that is resumed; raise `Problem` where one given now differs."""
     free = {name: getattr(flags, name) for name in ("device", "workers", "output", "resume")}
     for name, value in given.items() - free.items():
-        if value not in ("auto", run["flags"].get(name)):  # the run has what auto came to
-            flag = "--" + name.replace("_", "-")
-            raise Problem(f"{flag} {value} is not the run's own {run['flags'].get(name)}; omit it")
+        flag, own = "--" + name.replace("_", "-"), run["flags"].get(name)
+        # the run has what auto came to
+        require(value in ("auto", own), f"{flag} {value} is not the run's own {own}; leave it out")
     return argparse.Namespace(**run["flags"] | {"weights": "none"} | free)
 
 
@@ -730,27 +694,23 @@ def resumed_flags(flags, given, run):
 def start_device(name):
     """Return the device that computes; under torchrun join the other processes."""
     cuda = name != "cpu" and torch.cuda.is_available()
-    if name == "cuda" and not cuda:
-        raise Problem("--device cuda: there is no CUDA here; leave it out")
+    require(cuda or name != "cuda", "--device cuda: there is no CUDA here; leave it out")
     if cuda:
         with explain("each process needs a CUDA card of its own; lower --nproc-per-node"):
             torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
         torch.backends.cudnn.benchmark = True
-    if dist.is_torchelastic_launched():
+    if WORLD > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")  # process 0 alone prints
+        atexit.register(dist.destroy_process_group)
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # process 0 alone prints
     return torch.device("cuda" if cuda else "cpu")
 
 
-def check(run, data, flags):
-    """Raise `Problem` if run, data and flags do not go together, or nothing can be written."""
-    world = processes()[1]
-    if flags.batch_size % world or min(flags.batch_size, data["sizes"]["train"]) < 2 * world:
-        raise Problem(f"{world} processes cannot share --batch-size {flags.batch_size} evenly")
-    for key, value in data.items():
-        if run.get(key, value) != value:
-            raise Problem(f"the data of this run have changed: {key} were {run[key]}, are {value}")
+def check(run, pictures, flags):
+    """Raise `Problem` if run, pictures and flags do not go together, or nothing can be written."""
+    if flags.batch_size % WORLD or min(flags.batch_size, len(pictures.parts["train"])) < 2 * WORLD:
+        raise Problem(f"{WORLD} processes cannot share --batch-size {flags.batch_size} evenly")
+    require(run.get("crc", pictures.crc) == pictures.crc, "the data have changed; start a new run")
     with explain(f"cannot make the folder {flags.output}; name another --output"):
         Path(flags.output).mkdir(parents=True, exist_ok=True)
 
@@ -766,61 +726,45 @@ def pipeline(flags, given):
         flags = resumed_flags(flags, given, run)
 
     pictures = once(read_data, flags.data, flags.image_size)
-    sizes = {part: len(indices) for part, indices in pictures.parts.items()}
-    fingerprint = zlib.crc32(repr(pictures.pixels).encode())  # of the files' names, in a folder
-    data = {"classes": pictures.classes, "sizes": sizes, "fingerprint": fingerprint}
-    once(check, run, data, flags)
+    once(check, run, pictures, flags)
     start = len(pictures.classes), flags.weights, flags.freeze, flags.seed
     model, weights = once(start_model, *start)
     if not flags.resume:
         flags.data, flags.image_size, flags.weights = pictures.name, pictures.size, weights
-        run |= data | {"flags": vars(flags)}
+        run |= {"flags": vars(flags), "classes": pictures.classes, "crc": pictures.crc}
 
     loader = make_loader(pictures, flags.workers, device)
-    print(describe(loader, model, device, run), flush=True)
-    try:
-        fit(model.to(device), loader, run, flags, output)
-        test(loader, output, device, flags.batch_size)
-    except KeyboardInterrupt:
-        raise Problem("interrupted; go on with --resume", code=130) from None
-    return 0
+    print(describe(pictures, loader.num_workers, model, device, run), flush=True)
+    fit(model.to(device), loader, run, flags, output)
 
-
-def test(loader, output, device, batch_size):
-    """Read the test pictures, this once, with the best model; print and draw how it did."""
-    classes = loader.dataset.classes
     model, best = once(load_best, output / "best_model.pth")
-    if best["classes"] != classes:
-        raise Problem(f"{output / 'best_model.pth'} has other classes than the data")
-    criterion = nn.CrossEntropyLoss()
-    _, confusion, mistakes = evaluate(model.to(device), loader, "test", criterion, batch_size)
-    print(*report(confusion, classes), sep="\n")
-    print(once(draw_mistakes, mistakes, classes, output / "mistakes.png"), flush=True)
+    require(best["classes"] == pictures.classes, "best_model.pth has other classes than the data")
+    _, confusion, mistakes = evaluate(model.to(device), loader, "test", flags.batch_size)
+    names = [printable(name) for name in pictures.classes]
+    print(*report(confusion, names), sep="\n")
+    print(once(draw_mistakes, mistakes, names, output / "mistakes.png"), flush=True)
+    return 0
 
 
 def main(argv=None):
     """Run the program with the flags in `argv`, or on the command line; return the exit code."""
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names may have letters that it cannot encode
-            stream.reconfigure(errors="backslashreplace")
     try:
         return pipeline(*parse_flags(argv))
     except Problem as problem:
         return complain(problem)
     except KeyboardInterrupt:
-        return complain(Problem("interrupted", code=130))
-    except RuntimeError as error:  # in the others, when one of several processes has died
-        if not dist.is_initialized():
+        return complain(Problem("interrupted; go on with --resume if training had begun", code=130))
+    except RuntimeError as error:  # so do the others end when a worker or a process has died
+        if WORLD == 1 and "worker" not in str(error):
             raise
         return complain(Problem(f"a process has died; go on with --resume ({error})", code=1))
     except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # names may have letters that it cannot encode
+        stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import hashlib
 import http.server
+import importlib
 import io
 import multiprocessing
 import os
@@ -100,6 +101,7 @@ def child(argv, cwd, out, err, official, variables):
     for name, value in official.items():
         setattr(datasets.CIFAR10, name, value)
     os.environ.update(variables)
+    importlib.reload(classify)  # it looks at them when it is imported
     multiprocessing.set_start_method(None, force=True)  # its own workers start as ever
     torch.set_num_threads(1)
     sys.exit(classify.main(argv))
