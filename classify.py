@@ -59,10 +59,10 @@ def explain(message, code=2):
         raise Problem(f"{message} ({reason.splitlines()[0][:200]})", code) from error
 
 
-def require(condition, message, code=2):
+def require(condition, message):
     """Raise a `Problem` unless a condition holds."""
     if not condition:
-        raise Problem(message, code)
+        raise Problem(message)
 
 
 def attempt(function, *args):
@@ -672,7 +672,7 @@ def parse_flags(argv):
     flags = parser.parse_args(argv)
     for name, value in vars(flags).items():
         if isinstance(value, (int, float)) and not LEAST.get(name, 0) <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value}: at least {LEAST.get(name, 0)}")
+            parser.error(f"--{name.replace('_', '-')} {value}: give {LEAST.get(name, 0)} or more")
     require(not flags.freeze or flags.weights != "none", "--freeze needs --weights imagenet")
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(flags)))))
     return flags, {name: value for name, value in given.items() if value is not None}
@@ -695,14 +695,14 @@ def start_device(name):
     """Return the device that computes; under torchrun join the other processes."""
     cuda = name != "cpu" and torch.cuda.is_available()
     require(cuda or name != "cuda", "--device cuda: there is no CUDA here; leave it out")
-    if cuda:
-        with explain("each process needs a CUDA card of its own; lower --nproc-per-node"):
+    with explain("cannot start; each process needs torchrun, and a CUDA card of its own if any"):
+        if cuda:
             torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
-        torch.backends.cudnn.benchmark = True
-    if WORLD > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-        atexit.register(dist.destroy_process_group)
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # process 0 alone prints
+            torch.backends.cudnn.benchmark = True
+        if WORLD > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+            atexit.register(dist.destroy_process_group)
+            sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # 0 alone prints
     return torch.device("cuda" if cuda else "cpu")
 
 

@@ -665,16 +665,16 @@ def test_any_mode_and_size_enters_upright_scaled_and_cropped_in_the_middle(finis
         assert len({shares for name, shares in lines if name.startswith(group)}) == 1
 
 
+@linux
 def test_predict_names_what_it_cannot_read_and_classifies_the_others(finished, folder):
     picture().save("good.png")
     Path("notes.txt").write_text("no picture")
     Path("folder").mkdir()
     files = ["good.png", "notes.txt", "folder", "missing.png", "good.png"]
-    command = [sys.executable, classify.__file__, "--output", finished.output, "--predict", *files]
-    result = subprocess.run(command, capture_output=True, encoding="utf-8")
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert [line[:10] for line in result.stdout.splitlines()] == ["good.png  "] * 2
-    errors = [line for line in result.stderr.splitlines() if "error:" in line]
+    result = end(start("--output", finished.output, "--predict", *files))
+    assert result.code == 1 and "Traceback" not in result.err
+    assert [line[:10] for line in result.out.splitlines()] == ["good.png  "] * 2
+    errors = [line for line in result.err.splitlines() if "error:" in line]
     assert all(name in line for name, line in zip(files[1:4], errors, strict=True))
 
 
