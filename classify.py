@@ -54,7 +54,9 @@ def explain(message, code=2):
     try:
         yield
     except Exception as error:
-        # the context of torch.save's error is the disk's
+        # torch.save wraps what the disk says, and Ctrl-C: it is the context
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         reason = getattr(error.__context__ or error, "strerror", None) or str(error) or repr(error)
         raise Problem(f"{message} ({reason.splitlines()[0][:200]})", code) from error
 
@@ -83,7 +85,7 @@ class Pictures(SimpleNamespace, Dataset):
     pixels: uint8 N×H×W×3 in memory, or the names of N files, decoded when they are asked for
     labels: int64 N, positions in `classes`
     parts:  the indices of "train", "val" and "test", which share no picture
-    crc:    a checksum of classes and files' names, by which a resumed run knows its data
+    crc:    a checksum of the pixels or the files' names, by which a resumed run knows its data
     mirror: whether a mirrored picture is still one of its class (a photo is, a digit is not)
     size:   the side to which pictures are brought, in pixels
     """
@@ -91,7 +93,7 @@ class Pictures(SimpleNamespace, Dataset):
     def __getitem__(self, indices):
         """Return uint8 B×3×H×W and labels B; raises `Problem` if a file cannot be decoded."""
         pixels = np.stack([decode(self.pixels[index], self.size) for index in indices])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2), self.labels[indices]
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(self.labels[indices])
 
 
 def read_data(name, size):
@@ -105,9 +107,8 @@ def read_data(name, size):
     pixels, labels, parts, classes = readers.get(name, read_folder)(name)
     labels, size = np.array(labels), size or (32 if name in readers else 224)
     parts = split_off_missing(labels, parts, classes, name)
-    data = {"name": name, "pixels": pixels, "labels": torch.from_numpy(labels), "parts": parts}
-    data |= {"classes": classes, "crc": zlib.crc32(repr((classes, pixels)).encode())}
-    return Pictures(**data, mirror=name != "digits", size=size)
+    data = {"name": name, "pixels": pixels, "labels": labels, "parts": parts, "classes": classes}
+    return Pictures(**data, crc=zlib.crc32(np.asarray(pixels)), mirror=name != "digits", size=size)
 
 
 def read_cifar(name):
@@ -159,7 +160,7 @@ def read_folder(root):
 
 def visible(folder):
     """Return the sorted entries of a folder that are not hidden."""
-    with explain(f"cannot read the folder {folder}"):
+    with explain(f"cannot read the folder {folder}; add it, or name another"):
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
@@ -182,7 +183,7 @@ def decode(path, size):
     """
     if isinstance(path, np.ndarray):
         return path
-    with explain(f"{path} cannot be read as a picture; leave it out"), Image.open(path) as image:
+    with explain(f"{path} cannot be read as a picture; give another"), Image.open(path) as image:
         image.draft("RGB", (size, size))  # lets the JPEG reader skip detail that is not needed
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
@@ -191,7 +192,7 @@ def decode(path, size):
 
 
 def split_off_missing(labels, parts, classes, source):
-    """Return the indices of each part; those that no picture is in get a tenth of each class."""
+    """Return the indices of each part; one without pictures gets a tenth of each class."""
     missing = [part for part in ("val", "test") if part not in parts]
     parts, rng = np.array(parts), np.random.default_rng(0)  # not --seed: the split is the same
     for label, name in enumerate(classes):
@@ -214,9 +215,8 @@ def make_loader(pictures, workers, device):
 
 
 def leave_interrupts(worker):
-    """Let the main process alone answer Ctrl-C, and a worker go without a traceback."""
+    """Let the main process alone answer Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = lambda *error: None
 
 
 def load(loader, batches, device):
@@ -245,19 +245,19 @@ def augment(pixels, mirror):
 class Conv3x3(nn.Conv2d):
     """A 3×3 convolution that leaves out the taps of its kernel which see nothing but padding.
 
-    At 32 px ResNet18 ends on maps of 2×2 and 1×1 pixels. Where the kernel has one place only, up
+    At 32 px ResNet18 ends on maps of 2×2 and 1×1 pixels. Where the output is one pixel only, up
     to eight of its nine taps multiply zeros, and the others are a plain matrix product: the same
     outputs and gradients in half the time a step takes.
     """
 
     def forward(self, x):
         """Return B×C×H×W for B×C×H×W."""
-        height, width = x.shape[2:]
-        if max(height, width) > self.stride[0]:
+        if max(x.shape[2:]) > self.stride[0] or self.groups > 1:
             return super().forward(x)
         # channels last, as they lie in memory: so the gradient needs no rearranging
-        seen = self.weight.permute(0, 2, 3, 1)[:, 1 : 1 + height, 1 : 1 + width].flatten(1)
-        return nn.functional.linear(x.permute(0, 2, 3, 1).flatten(1), seen)[:, :, None, None]
+        seen = self.weight.permute(0, 2, 3, 1)[:, 1 : 1 + x.shape[2], 1 : 1 + x.shape[3]].flatten(1)
+        pixels = x.permute(0, 2, 3, 1).flatten(1)
+        return nn.functional.linear(pixels, seen, self.bias)[:, :, None, None]
 
 
 def build_model(num_classes, weights):
@@ -273,9 +273,9 @@ def build_model(num_classes, weights):
             options = {"progress": sys.stderr.isatty(), "check_hash": True, "weights_only": True}
             model.load_state_dict(pretrained.get_state_dict(**options))
     model.fc = nn.Linear(model.fc.in_features, num_classes)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-            module.__class__ = Conv3x3  # the same parameters, another forward
+    for conv in model.modules():
+        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1):
+            conv.__class__ = Conv3x3  # the same parameters, another forward
     return model.to(memory_format=torch.channels_last)
 
 
@@ -326,13 +326,14 @@ def train(model, loader, batches, criterion, optimizer, scheduler, show):
     device.
     """
     device, total, start = next(model.parameters()).device, 0, time.perf_counter()
-    model.train(all(weight.requires_grad for weight in model.parameters()))  # frozen: none moves
+    model.train(all(weight.requires_grad for weight in model.parameters()))  # frozen: no statistics
     for number, (pixels, labels) in enumerate(load(loader, batches, device), 1):
         loss = criterion(classify(model, augment(pixels, loader.dataset.mirror)), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        scheduler.step()
+        if scheduler.last_epoch + 1 < scheduler.total_steps:  # resumed, there may be more batches
+            scheduler.step()
         total += loss.detach() * len(labels)
         show(number, loss)
     total, count = map(sum, zip(*gather((float(total), sum(map(len, batches))))))
@@ -349,7 +350,7 @@ def fit(model, loader, run, flags, output):
     steps = flags.epochs * len(deal(parts["train"], flags, epoch=0))
     criterion, optimizer, scheduler = make_optimizer(model, flags.lr, steps)
     stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    with explain(f"{output / 'last.pth'} is not of this program or this run"):
+    with explain(f"{output / 'last.pth'} is of another model or program; start a new run"):
         for name in stateful.keys() & run.keys():
             stateful[name].load_state_dict(run[name])
     replica = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
@@ -417,8 +418,8 @@ def evaluate(model, loader, part, batch_size):
 
 
 def surest(mistakes):
-    """Return the 32 mistakes of the greatest confidence."""
-    return sorted(mistakes, key=lambda mistake: -mistake[0])[:32]
+    """Return the 32 mistakes of the greatest confidence, cut loose from their batches."""
+    return [(*row, pixels.clone()) for *row, pixels in sorted(mistakes, key=lambda m: -m[0])[:32]]
 
 
 def report(confusion, names):
@@ -470,15 +471,14 @@ def draw_mistakes(mistakes, names, path):
 @torch.inference_mode()
 def predict(files, path, device):
     """Print the likeliest classes of each picture file; return the exit code."""
-    model, best = load_best(path)
-    model, code = model.to(device).eval(), 0
+    (model, best), code = load_best(path), 0
     for file in files:
         pixels, problem = attempt(decode, file, best["image_size"])
         if problem:
             code = min(1, complain(problem))
             continue
         pixels = torch.from_numpy(pixels).to(device).permute(2, 0, 1)
-        shares = classify(model, pixels[None])[0].softmax(0)
+        shares = classify(model.to(device), pixels[None])[0].softmax(0)
         likeliest = zip(*shares.topk(min(3, len(shares))))
         guesses = [f"{printable(best['classes'][label])} {share:.1%}" for share, label in likeliest]
         print(printable(file), *guesses, sep="  ", flush=True)
@@ -531,16 +531,15 @@ def load_checkpoint(path, kinds):
     """Return a checkpoint that has these keys and kinds of values; nothing in it is executed."""
     with explain(f"cannot use {path}; train first, or name its folder with --output"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        ours = all(isinstance(checkpoint[key], kind) for key, kind in kinds.items())
-        require(ours, "not of this program")
+        require(all(isinstance(checkpoint[k], t) for k, t in kinds.items()), "not of this program")
         return {key: checkpoint[key] for key in kinds}
 
 
 def load_best(path):
-    """Return the model in a best_model.pth, on the CPU, and what else is in it."""
+    """Return the model in a best_model.pth, on the CPU, to evaluate, and what else is in it."""
     best = load_checkpoint(path, BEST)
-    with explain(f"{path} is damaged, or no checkpoint of this program"):
-        model = build_model(len(best["classes"]), "none")
+    with explain(f"{path} is damaged, or of another model or program; train again"):
+        model = build_model(len(best["classes"]), "none").eval()
         model.load_state_dict(best["model"])
     return model, best
 
@@ -674,6 +673,7 @@ def parse_flags(argv):
         if isinstance(value, (int, float)) and not LEAST.get(name, 0) <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value}: give {LEAST.get(name, 0)} or more")
     require(not flags.freeze or flags.weights != "none", "--freeze needs --weights imagenet")
+    # once more, without defaults: what is not None was given
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(flags)))))
     return flags, {name: value for name, value in given.items() if value is not None}
 
@@ -683,7 +683,7 @@ def resumed_flags(flags, given, run):
     free = {name: getattr(flags, name) for name in ("device", "workers", "output", "resume")}
     for name, value in given.items() - free.items():
         flag, own = "--" + name.replace("_", "-"), run["flags"].get(name)
-        # the run has what auto came to
+        # what auto came to is the run's own
         require(value in ("auto", own), f"{flag} {value} is not the run's own {own}; leave it out")
     return argparse.Namespace(**run["flags"] | {"weights": "none"} | free)
 
@@ -727,20 +727,20 @@ def pipeline(flags, given):
 
     pictures = once(read_data, flags.data, flags.image_size)
     once(check, run, pictures, flags)
-    start = len(pictures.classes), flags.weights, flags.freeze, flags.seed
-    model, weights = once(start_model, *start)
+    classes = pictures.classes
+    model, weights = once(start_model, len(classes), flags.weights, flags.freeze, flags.seed)
     if not flags.resume:
         flags.data, flags.image_size, flags.weights = pictures.name, pictures.size, weights
-        run |= {"flags": vars(flags), "classes": pictures.classes, "crc": pictures.crc}
+        run |= {"flags": vars(flags), "classes": classes, "crc": pictures.crc}
 
     loader = make_loader(pictures, flags.workers, device)
     print(describe(pictures, loader.num_workers, model, device, run), flush=True)
     fit(model.to(device), loader, run, flags, output)
 
     model, best = once(load_best, output / "best_model.pth")
-    require(best["classes"] == pictures.classes, "best_model.pth has other classes than the data")
+    require(best["classes"] == classes, "best_model.pth has other classes than the data")
     _, confusion, mistakes = evaluate(model.to(device), loader, "test", flags.batch_size)
-    names = [printable(name) for name in pictures.classes]
+    names = [printable(name) for name in classes]
     print(*report(confusion, names), sep="\n")
     print(once(draw_mistakes, mistakes, names, output / "mistakes.png"), flush=True)
     return 0
@@ -755,10 +755,10 @@ def main(argv=None):
         return complain(problem)
     except KeyboardInterrupt:
         return complain(Problem("interrupted; go on with --resume if training had begun", code=130))
-    except RuntimeError as error:  # so do the others end when a worker or a process has died
-        if WORLD == 1 and "worker" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # when a worker or another process has died, too
+        if WORLD == 1 and not any(word in str(error) for word in ("worker", "memory", "allocate")):
             raise
-        return complain(Problem(f"a process has died; go on with --resume ({error})", code=1))
+        return complain(Problem(f"no memory, or a process died; use --resume ({error})", code=1))
     except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
