@@ -215,8 +215,9 @@ def make_loader(pictures, workers, device):
 
 
 def leave_interrupts(worker):
-    """Let the main process alone answer Ctrl-C."""
+    """Let the main process alone answer Ctrl-C, and a worker go without a traceback after it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None
 
 
 def load(loader, batches, device):
@@ -656,12 +657,12 @@ def make_parser():
     add("--patience", type=int, default=5, metavar="N", help="stop after N validations in vain (5)")
     add("--seed", type=int, default=0, metavar="N", help="same seed, same result (0)")
     add = parser.add_argument_group("where and how to run").add_argument
-    add("--device", default="auto", choices=DEVICES, help="what computes (cuda, else cpu)")
+    add("--device", default="auto", choices=DEVICES, help="where to compute (cuda, else cpu)")
     add("--workers", type=int, metavar="N", help="processes that decode pictures (chosen)")
     add("--output", default="checkpoint", metavar="DIR", help="where all is written (checkpoint)")
     add = parser.add_argument_group("afterwards").add_argument
     add("--resume", action="store_true", help="go on with the run in --output as it was started")
-    add("--predict", nargs="+", metavar="IMAGE", help="classify these with the best model there")
+    add("--predict", nargs="+", metavar="IMAGE", help="classify these by the model in --output")
     return parser
 
 

@@ -73,7 +73,8 @@ def bare_step():
     model = classify.build_model(10, "none").train()
     criterion, optimizer, scheduler = classify.make_optimizer(model, 0.001, 10**6)
     pixels = torch.randint(0, 256, (BATCH, 32, 32, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    inputs, labels = (pixels - classify.MEAN) / classify.DEVIATION, torch.randint(0, 10, (BATCH,))
+    mean, deviation = classify.IMAGENET
+    inputs, labels = (pixels - mean) / deviation, torch.randint(0, 10, (BATCH,))
 
     def epoch():
         start = time.perf_counter()
