@@ -106,9 +106,9 @@ def read_data(name, size):
     readers = {"cifar10": read_cifar, "cifar100": read_cifar, "digits": draw_digits}
     pixels, labels, parts, classes = readers.get(name, read_folder)(name)
     labels, size = np.array(labels), size or (32 if name in readers else 224)
-    parts = split_off_missing(labels, parts, classes, name)
+    parts, mirror = split_off_missing(labels, parts, classes, name), name != "digits"
     data = {"name": name, "pixels": pixels, "labels": labels, "parts": parts, "classes": classes}
-    return Pictures(**data, crc=zlib.crc32(np.asarray(pixels)), mirror=name != "digits", size=size)
+    return Pictures(**data, crc=zlib.crc32(np.array(pixels).tobytes()), mirror=mirror, size=size)
 
 
 def read_cifar(name):

@@ -97,6 +97,7 @@ def child(argv, cwd, out, err, official, variables):
     """Run the program in a session of its own, its output in files or on a terminal."""
     os.chdir(cwd)
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     files = [os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC) for name in (out, err)]
     sys.stdout, sys.stderr = (open(file, "w", encoding="utf-8") for file in files)
     for name, value in official.items():
@@ -513,7 +514,7 @@ def test_cifar100_without_a_network_is_an_error(folder):
 
 
 def test_auto_without_a_network_warns_and_trains_on_digits_which_are_always_the_same(served):
-    flags = "--image-size 8 --batch-size 1500 --weights auto".split()
+    flags = "--image-size 1 --batch-size 1500 --weights auto".split()
     auto = served("half", "--data", "auto", *flags)
     assert auto.code == 0 and "digits: 4500 train, 500 val, 1000 test" in auto.out
     assert all(word in auto.err.lower() for word in ("warning", "cifar10", "digits", "random"))
