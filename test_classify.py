@@ -639,8 +639,13 @@ def test_a_terminal_shows_how_far_the_epoch_is_and_ctrl_c_ends_with_130(folder):
 
 @linux
 def test_ctrl_c_while_a_checkpoint_is_written_ends_with_130(finished, folder):
-    process = start(*SMALL, *finished.argv, "--output", "out")
-    assert until(Path("out", "last.pth.tmp").exists, process)
+    process, temporary = start(*SMALL, *finished.argv, "--output", "out"), Path("out/last.pth.tmp")
+
+    def half_written():
+        with contextlib.suppress(FileNotFoundError):
+            return temporary.stat().st_size > 1 << 20
+
+    assert until(half_written, process)
     os.kill(process.pid, signal.SIGINT)
     assert "interrupted; go on with --resume" in error(end(process), code=130)
 
