@@ -525,6 +525,22 @@ def test_auto_without_a_network_warns_and_trains_on_digits_which_are_always_the_
     assert sorted(Path().rglob("*")) == files  # none of them is on disk
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+def test_training_pictures_are_shifted_by_a_pixel_and_mirrored_where_that_is_right(mirror):
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)), "edge")
+    shifted = [padded[y : y + 32, x : x + 32] for y in range(3) for x in range(3)]
+    mirrored = [one[:, ::-1] for one in shifted if mirror]
+    batch = torch.from_numpy(np.stack([picture] * 512)).permute(0, 3, 1, 2)
+    made = classify.augment(batch, mirror).permute(0, 2, 3, 1).numpy()
+    assert {one.tobytes() for one in made} == {one.tobytes() for one in shifted + mirrored}
+
+
+def test_photos_are_mirrored_in_training_and_digits_are_not(finished):
+    assert classify.read_data(str(finished.argv[1]), 32).mirror
+    assert not classify.read_data("digits", 32).mirror
+
+
 # ---- what is printed and written -----------------------------------------------------------------
 
 
