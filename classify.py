@@ -1,246 +1,502 @@
 """Train ResNet18 to classify pictures, test it, and use it: the whole pipeline in one file.
 
-    python classify.py --epochs 10                  CIFAR-10; without a network, digits
-    python classify.py --data PICTURES --epochs 10  your own pictures: PICTURES/CLASS/*.jpg
+    python classify.py --epochs 10                  CIFAR-10; without a network, drawn digits
+    python classify.py --data PICTURES              your own: PICTURES/CLASS/*.jpg
     python classify.py --predict photo.jpg          with the best model so far
 
-It reads from top to bottom as the work goes: 1 data, 2 model, 3 loss and 4 optimizer, 5 training,
-6 evaluation, 7 prediction; then what is saved, several processes, what is said, flags, and `main`.
+The lesson comes first, from here to the end of `main`: 1 data, 2 model, 3 loss, 4 optimizer,
+5 training, 6 evaluation. Below `main` is what keeps a real run safe; skip it, or read any section
+of it alone.
 """
 
 import argparse
 import atexit
 import contextlib
+import csv
+import datetime
+import io
 import math
 import os
+import pickle
 import shutil
 import signal
 import socket
+import struct
 import sys
 import time
+import unicodedata
 import warnings
 import zlib
+from http.client import HTTPException
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFile, ImageFont, ImageOps
 from torch import distributed as dist, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 from torchvision import datasets, models, utils
-from torchvision.transforms.v2 import functional as transforms
+from torchvision.transforms import v2
 
-NETWORK_TIMEOUT = 15  # seconds that a server may stay silent
-# which process this is and of how many, under torchrun
-RANK, WORLD = (int(os.getenv(name, least)) for name, least in (("RANK", 0), ("WORLD_SIZE", 1)))
-# mean and deviation of the pixels, from 0 to 255, that the ImageNet weights were trained with
-IMAGENET = 255 * torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
-ImageFile.LOAD_TRUNCATED_IMAGES = True  # a photo that breaks off is used as far as it goes
-warnings.filterwarnings("ignore", module="PIL")  # it warns of oddities in files that it reads well
+# ---- 1. data -------------------------------------------------------------------------------------
 
 
-class Problem(Exception):
-    """What stops the program, in one line that says what to do; `code` is the exit code."""
+class PicturesInFiles(Dataset):
+    """Picture files, decoded when they are asked for, and their labels (N whole numbers)."""
 
-    def __init__(self, message, code=2):
-        super().__init__(message.split("Problem: ")[-1].strip())  # loader workers add a traceback
-        self.code = code
+    def __init__(self, paths, labels, size):
+        # one array: each loader worker would make its own copy of a list of a million names
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.labels = np.array(labels)
+        self.size = size
 
+    def __len__(self):
+        return len(self.paths)
 
-@contextlib.contextmanager
-def explain(message, code=2):
-    """Turn whatever fails in a block (networks, disks, strange files) into a `Problem`."""
-    try:
-        yield
-    except Exception as error:
-        # torch.save wraps what the disk says, and Ctrl-C: it is the context
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__ from None
-        reason = getattr(error.__context__ or error, "strerror", None) or str(error) or repr(error)
-        raise Problem(f"{message} ({reason.splitlines()[0][:200]})", code) from error
+    def __getitem__(self, index):
+        """Return a picture, uint8 3×S×S, and its label.
 
-
-def require(condition, message):
-    """Raise a `Problem` unless a condition holds."""
-    if not condition:
-        raise Problem(message)
-
-
-def attempt(function, *args):
-    """Return a function's result and None, or None and the `Problem` that it raised."""
-    try:
-        return function(*args), None
-    except Problem as problem:
-        return None, problem
+        A file that cannot be decoded is named in a warning. It becomes an empty picture with the
+        label -100, which cross entropy ignores.
+        """
+        path = os.fsdecode(self.paths[index])
+        try:
+            image = open_picture(path, self.size)
+        except OSError as error:
+            warnings.warn(f"{path} is left out: {error}", stacklevel=2)
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), UNDECODABLE
+        image = ImageOps.fit(image, (self.size, self.size))
+        return v2.functional.pil_to_tensor(image), int(self.labels[index])
 
 
-# ---- 1. data: read, split, convert ---------------------------------------------------------------
+def make_transforms(size, mirror):
+    """Return what is done to the pictures in training, and what is done to all others."""
+    resize = v2.Resize([size, size])  # pictures of this size already are left as they are
+    augment = [v2.RandomCrop(size, padding=max(1, size // 32), padding_mode="edge")]
+    if mirror:
+        augment.append(v2.RandomHorizontalFlip())
+    # mean and deviation of the pictures that the ImageNet weights were trained with
+    normalize = v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    to_input = [v2.ToDtype(torch.float32, scale=True), normalize]
+    return v2.Compose([resize, *augment, *to_input]), v2.Compose([resize, *to_input])
 
 
-class Pictures(SimpleNamespace, Dataset):
-    """A data set. It holds pixels only, and an item is a whole batch, asked for by its indices.
+class Batches:
+    """The batches of a DataLoader, ready for the network: on its device and transformed."""
 
-    name:   what --data says
-    pixels: uint8 N×H×W×3 in memory, or the names of N files, decoded when they are asked for
-    labels: int64 N, positions in `classes`
-    parts:  the indices of "train", "val" and "test", which share no picture
-    crc:    a checksum of the pixels or the files' names, by which a resumed run knows its data
-    mirror: whether a mirrored picture is still one of its class (a photo is, a digit is not)
-    size:   the side to which pictures are brought, in pixels
+    def __init__(self, loader, device, transform, training=False):
+        self.loader = loader
+        self.device = device
+        self.transform = transform
+        self.training = training
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        """Yield images, float B×3×S×S, and labels, int64 B."""
+        for images, labels in show_progress(self.loader):
+            if self.training:
+                images, labels = leave_out_undecodable(images, labels)
+                if len(labels) < 2:  # batch-norm needs two
+                    continue
+            # a transform draws its random numbers once a call, so it gets 16 pictures at a time
+            groups = images.to(self.device, non_blocking=True).split(16)
+            images = torch.cat([self.transform(group) for group in groups])
+            yield images, labels.to(self.device, non_blocking=True)
+
+
+# ---- 2. model ------------------------------------------------------------------------------------
+
+
+def build_model(num_classes, weights, freeze=False):
+    """Return a ResNet18 that gives B×num_classes logits for normalised pictures, float B×3×S×S.
+
+    weights: "imagenet" for torchvision's, from its cache or fetched, or "none" for random ones.
+    Its `state_dict` is torchvision's, key for key. Raises ValueError for other weights.
     """
+    if weights not in ("imagenet", "none"):
+        raise ValueError(f'weights are "imagenet" or "none", not {weights!r}')
+    model = models.resnet18()
+    if weights == "imagenet":
+        model.load_state_dict(fetch_weights(models.ResNet18_Weights.IMAGENET1K_V1))
+    if freeze:
+        model.requires_grad_(False)
+    model.fc = nn.Linear(model.fc.in_features, num_classes)  # the head; new, so never frozen
+    skip_taps_on_padding(model)
+    return model.to(memory_format=torch.channels_last)
 
-    def __getitem__(self, indices):
-        """Return uint8 B×3×H×W and labels B; raises `Problem` if a file cannot be decoded."""
-        pixels = np.stack([decode(self.pixels[index], self.size) for index in indices])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(self.labels[indices])
+
+# ---- 5. training (3. loss and 4. optimizer are in main) ------------------------------------------
 
 
-def read_data(name, size):
-    """Return the `Pictures` of a named set, of a folder, or for "auto" of the first to be had."""
+def train_one_epoch(model, batches, criterion, optimizer, scheduler, bfloat16=False):
+    """Train a model on batches of (images, labels) that lie on its device; return the mean loss.
+
+    The scheduler steps once a batch. With `bfloat16` the forward pass is computed in that type,
+    which is faster where the processor has it natively; the weights stay float32.
+    """
+    model.train()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.affine and not layer.weight.requires_grad:
+            layer.eval()  # a frozen layer keeps its statistics, too
+    total_loss = 0.0
+    count = 0
+    for images, labels in batches:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+            loss = criterion(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        total_loss += loss.detach() * len(labels)
+        count += len(labels)
+    return float(total_loss / count)
+
+
+# ---- 6. evaluation -------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def evaluate(model, batches):
+    """Return mean loss, labels, predictions and confidences (each N) over batches.
+
+    A picture that could not be decoded keeps its label of -100, and is not part of the loss.
+    """
+    model.eval()
+    logits = []
+    labels = []
+    for images, targets in batches:
+        logits.append(model(images))
+        labels.append(targets)
+    logits = torch.cat(logits)
+    labels = torch.cat(labels)
+    loss = nn.functional.cross_entropy(logits, labels).item()
+    confidences, predictions = logits.softmax(dim=1).max(dim=1)
+    return loss, labels, predictions, confidences
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    """Run the program with these flags, or those typed; return 0 or raise SystemExit."""
+    with endings_in_one_line():
+        rank, world = join_processes()
+        args, saved = on_process_0(parse_args, argv)
+        use_cuda = args.device != "cpu" and torch.cuda.is_available()
+        device = torch.device("cuda" if use_cuda else "cpu")
+        if args.predict:
+            return on_process_0(predict, args, device)
+
+        data = on_process_0(read_data, args.data, args.image_size, args.output)
+        args = on_process_0(choose_defaults, args, data, device, world)
+        sampler = DistributedSampler(data.train, world, rank, shuffle=True, seed=args.seed)
+        val_share = np.array_split(np.arange(len(data.val)), world)[rank]
+        test_share = np.array_split(np.arange(len(data.test)), world)[rank]
+        size = args.batch_size // world
+        single = len(sampler) % size == 1  # batch-norm cannot train on a last batch of one picture
+        options = loader_options(args.workers, device)
+        train_loader = DataLoader(data.train, size, sampler=sampler, drop_last=single, **options)
+        val_loader = DataLoader(data.val, size, sampler=val_share, **options)
+        test_loader = DataLoader(data.test, size, sampler=test_share, **options)
+        train_transform, transform = make_transforms(data.image_size, data.mirror)
+        train_batches = Batches(train_loader, device, train_transform, training=True)
+        val_batches = Batches(val_loader, device, transform)
+        test_batches = Batches(test_loader, device, transform)
+
+        torch.manual_seed(args.seed)
+        weights = "none" if saved else args.weights  # a resumed run has weights of its own
+        model = on_process_0(build_model, len(data.classes), weights, args.freeze).to(device)
+        criterion = nn.CrossEntropyLoss()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)
+        # one step more than there are, or the only step of a tiny run would have a rate of nearly 0
+        steps = args.epochs * len(train_loader) + 1
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
+        print(describe(args, data, model, device, world), flush=True)
+
+        run = Run(args, data, model, optimizer)
+        if saved:
+            run.resume(saved, scheduler, len(train_loader))
+        else:
+            run.start()
+        parallel = DistributedDataParallel(model) if world > 1 else model
+        for epoch in run.epochs():
+            sampler.set_epoch(epoch)
+            torch.manual_seed(hash((args.seed, epoch, rank)))
+            start = time.perf_counter()
+            train_loss = train_one_epoch(
+                parallel, train_batches, criterion, optimizer, scheduler, args.bfloat16
+            )
+            seconds = time.perf_counter() - start
+            validation = None
+            if epoch % args.validate_every == 0 or epoch == args.epochs:
+                validation = evaluate_together(model, val_batches)
+            run.record(train_loss, seconds, validation)
+
+        run.load_best()
+        _, labels, predictions, confidences = evaluate_together(model, test_batches)
+        print(*report(labels, predictions, data.classes), sep="\n", flush=True)
+        on_process_0(draw_mistakes, data, labels, predictions, confidences, args.output)
+        return 0
+
+
+# ==== below: what keeps a real run safe ===========================================================
+# ---- data sets by name ---------------------------------------------------------------------------
+
+
+class Data(NamedTuple):
+    """What is learnt from: three data sets that share no picture, and what is known of them."""
+
+    name: str
+    train: Dataset
+    val: Dataset
+    test: Dataset
+    classes: list[str]
+    image_size: int  # the side to which pictures are brought, in pixels
+    mirror: bool  # whether a mirrored picture is still one of its class (a digit is not)
+
+
+def read_data(name, size, output):
+    """Return the `Data` of a named set, of a folder, or for "auto" of the first to be had."""
     if name == "auto":
-        pictures, problem = attempt(read_data, "cifar10", size)
-        if problem:
-            warn(problem, "Training on drawn DIGITS instead, which say nothing about photos.")
-        return pictures or read_data("digits", size)
-    readers = {"cifar10": read_cifar, "cifar100": read_cifar, "digits": draw_digits}
-    pixels, labels, parts, classes = readers.get(name, read_folder)(name)
-    labels, size = np.array(labels), size or (32 if name in readers else 224)
-    parts, mirror = split_off_missing(labels, parts, classes, name), name != "digits"
-    data = {"name": name, "pixels": pixels, "labels": labels, "parts": parts, "classes": classes}
-    return Pictures(**data, crc=zlib.crc32(np.array(pixels).tobytes()), mirror=mirror, size=size)
+        try:
+            return read_data("cifar10", size, output)
+        except SystemExit as problem:
+            show_banner(problem, "training on drawn DIGITS, which say nothing about photos")
+            return read_data("digits", size, output)
+    print(f"reading  {printable(name)}", flush=True)
+    in_memory = name in ("cifar10", "cifar100", "digits")
+    if in_memory and os.path.isdir(name):
+        warnings.warn(f"{name} is the set of that name; for the folder say ./{name}", stacklevel=1)
+    if name == "digits":
+        pictures, labels, parts, classes = draw_digits()
+    elif in_memory:
+        pictures, labels, parts, classes = read_cifar(name)
+    else:
+        pictures, labels, parts, classes = read_folder(name, output)
+    size = size or (32 if in_memory else 224)
+    labels = np.array(labels)
+    parts = split_off_missing(labels, np.array(parts), classes, name)
+    if in_memory:
+        images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        labels = torch.from_numpy(labels)
+        train, val, test = (TensorDataset(images[part], labels[part]) for part in parts)
+    else:
+        train, val, test = (PicturesInFiles(pictures[part], labels[part], size) for part in parts)
+    return Data(name, train, val, test, classes, size, mirror=name != "digits")
 
 
 def read_cifar(name):
     """Return pixels, labels, parts and classes of CIFAR-10 or CIFAR-100, fetched if need be."""
     dataset = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     folder = Path("data").absolute()
-    progress = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")  # no bar in a log
-    hint = f"{name} is not in {folder} and cannot be fetched; try later or use --data"
-    with explain(hint), contextlib.redirect_stderr(progress):
-        train, test = (dataset(folder, train, download=True) for train in (True, False))
+    try:
+        train = dataset(folder, train=True, download=True)
+        test = dataset(folder, train=False, download=True)
+    except LIBRARY_ERRORS as error:
+        stop(f"{name} is not in {folder} and cannot be fetched ({reason(error)}); try later")
     pixels = np.concatenate([train.data, test.data])
     parts = ["train"] * len(train) + ["test"] * len(test)
     return pixels, train.targets + test.targets, parts, train.classes
 
 
-def draw_digits(name):
+def draw_digits():
     """Return pixels, labels, parts and classes of 6,000 drawn pictures of the ten digits."""
-    pixels, labels = [], [index % 10 for index in range(6000)]
-    streams = [np.random.default_rng(0)] * 5000 + [np.random.default_rng(1)] * 1000
-    for label, rng in zip(labels, streams):
-        glyph, font = Image.new("L", (32, 32)), ImageFont.load_default(rng.integers(18, 29))
+    rng = np.random.default_rng(0)
+    labels = [index % 10 for index in range(6000)]
+    pixels = []
+    for label in labels:
+        font = ImageFont.load_default(rng.integers(18, 29))
+        glyph = Image.new("L", (32, 32))
         ImageDraw.Draw(glyph).text(rng.uniform(13, 19, 2), str(label), 255, font, anchor="mm")
-        ink = np.asarray(glyph.rotate(rng.uniform(-20, 20), Image.BILINEAR))[:, :, None] / 255
-        front, back = rng.permutation([rng.integers(0, 100, 3), rng.integers(156, 256, 3)])
+        glyph = glyph.rotate(rng.uniform(-20, 20), Image.Resampling.BILINEAR)
+        ink = np.asarray(glyph)[:, :, None] / 255
+        colours = [rng.integers(0, 100, 3), rng.integers(156, 256, 3)]
+        front, back = rng.permutation(colours)
         picture = front * ink + back * (1 - ink) + rng.normal(0, 12, (32, 32, 3))
         pixels.append(picture.clip(0, 255).astype(np.uint8))
     return np.stack(pixels), labels, ["train"] * 5000 + ["test"] * 1000, list("0123456789")
 
 
-def read_folder(root):
-    """Return paths, labels, parts and classes of ROOT/train|val|test/CLASS/* or ROOT/CLASS/*."""
-    root, found, broken = Path(root), [], []
-    folders = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
-    if "train" not in folders or not subfolders(root / "train"):
-        folders = {"train": root}
-    classes = sorted(set().union(*map(subfolders, folders.values())))  # of all parts alike
-    require(len(classes) > 1, f"{root} needs two or more folders of pictures, one for each class")
-    for part, folder in folders.items():
-        for label, name in enumerate(classes):
-            files = {path: attempt(check_header, path)[1] for path in visible(folder / name)}
-            broken += filter(None, files.values())
-            readable = [str(path) for path, problem in files.items() if not problem]
-            require(readable, f"there are no pictures in {folder / name}; add some or remove it")
-            found += [(path, label, part) for path in readable]
-    if broken:
-        warn(f"files left out: {len(broken)}", *broken)
-    return *zip(*found), classes
-
-
-def visible(folder):
-    """Return the sorted entries of a folder that are not hidden."""
-    with explain(f"cannot read the folder {folder}; add it, or name another"):
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-
-
-def subfolders(folder):
-    """Return the names of the visible folders in a folder."""
-    return [path.name for path in visible(folder) if path.is_dir()]
-
-
-def check_header(path):
-    """Raise `Problem` if a file is no picture, as far as its header tells."""
-    with explain(f"{path}: no picture"):
-        require(path.is_file(), "not a file")  # a pipe would never answer
-        Image.open(path).close()
-
-
-def decode(path, size):
-    """Return a picture file as uint8 size×size×3: upright, its shorter side `size`, its middle.
-
-    What is in memory as pixels already is returned as it is.
-    """
-    if isinstance(path, np.ndarray):
-        return path
-    with explain(f"{path} cannot be read as a picture; give another"), Image.open(path) as image:
-        image.draft("RGB", (size, size))  # lets the JPEG reader skip detail that is not needed
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
-            image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 256))
-        return np.array(ImageOps.fit(image.convert("RGB"), (size, size)))
-
-
 def split_off_missing(labels, parts, classes, source):
-    """Return the indices of each part; one without pictures gets a tenth of each class."""
+    """Return the indices of train, val and test; one without pictures gets a tenth of each class.
+
+    The split does not depend on --seed: it is always the same.
+    """
+    rng = np.random.default_rng(0)
     missing = [part for part in ("val", "test") if part not in parts]
-    parts, rng = np.array(parts), np.random.default_rng(0)  # not --seed: the split is the same
     for label, name in enumerate(classes):
         own = rng.permutation(np.flatnonzero((parts == "train") & (labels == label)))
         tenth = max(1, round(len(own) / 10))
-        require(len(own) > tenth * len(missing), f"{source}: class {name!r} is too small to split")
+        if len(own) <= tenth * len(missing):
+            need = len(missing) + 1
+            stop(f"{source}: class {name} has {len(own)} pictures to split; give it {need} or more")
         for number, part in enumerate(missing):
-            parts[own[number * tenth :][:tenth]] = part
-    return {p: torch.from_numpy(np.flatnonzero(parts == p)) for p in ("train", "val", "test")}
+            parts[own[number * tenth : (number + 1) * tenth]] = part
+    return [np.flatnonzero(parts == part) for part in ("train", "val", "test")]
 
 
-def make_loader(pictures, workers, device):
-    """Return the one loader of a run; an item of it is a batch, and `load` says which it reads."""
-    if workers is None:
-        workers = 0 if isinstance(pictures.pixels, np.ndarray) else min(8, os.cpu_count() or 1)
-    options = {"num_workers": workers, "persistent_workers": workers > 0}
-    options |= {"worker_init_fn": leave_interrupts, "pin_memory": device.type == "cuda"}
-    # a generator of its own, for the global one is for training
-    return DataLoader(pictures, batch_size=None, sampler=[], generator=torch.Generator(), **options)
+# ---- folders of pictures -------------------------------------------------------------------------
+
+PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+PARTS |= {"val": "val", "valid": "val", "validation": "val"}
+LAYOUTS = "a data set is DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg with val and test beside train"
 
 
-def leave_interrupts(worker):
-    """Let the main process alone answer Ctrl-C, and a worker go without a traceback after it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = lambda *error: None
+def read_folder(root, output):
+    """Return paths, labels, parts and classes of DIR/CLASS/** or DIR/train|val|test/CLASS/**."""
+    known = Image.registered_extensions()
+    groups, left_out = group_files(root, output)
+    classes = sorted({name for _, name in groups})
+    if len(classes) < 2:
+        stop(f"{root} needs two or more classes and has {classes}; {LAYOUTS}")
+    paths = []
+    labels = []
+    parts = []
+    for part in {part: None for part, _ in groups}:
+        for label, name in enumerate(classes):
+            if (part, name) not in groups:
+                stop(f"{root}: {part} has no folder {name}, as another part has; {LAYOUTS}")
+            files = groups[part, name]
+            pictures = [path for path in files if os.path.splitext(path)[1].lower() in known]
+            left_out += sorted(set(files).difference(pictures))
+            check_some(pictures, files, f"class {name} of {root} ({part})")
+            paths += pictures
+            labels += [label] * len(pictures)
+            parts += [part] * len(pictures)
+    if left_out:
+        names = ", ".join(left_out[:20]) + ", ..." * (len(left_out) > 20)
+        why = "in no folder of a class (see --predict), or of no kind that Pillow knows"
+        warnings.warn(f"{len(left_out)} files are left out, {why}: {names}", stacklevel=1)
+    return np.array([os.fsencode(path) for path in paths]), labels, parts, classes
 
 
-def load(loader, batches, device):
-    """Yield pixels (uint8 B×3×S×S) and labels (int64 B) on `device` for each list of indices."""
-    loader.sampler[:] = batches
-    for pixels, labels in loader:
-        # what was a file has that size already
-        pixels = transforms.resize(pixels.to(device, non_blocking=True), [loader.dataset.size] * 2)
-        yield pixels, labels.to(device, non_blocking=True)
+def group_files(root, output):
+    """Return the files in each (part, class) of a folder, and the files that are in none."""
+    entries = list(walk(root, output))
+    divided = is_divided(root, entries)
+    groups = {}
+    left_out = []
+    for *folders, name in entries:
+        path = os.path.join(root, *folders, name)
+        if not divided:
+            folders = ["train", *folders]
+        part = PARTS.get(folders[0].lower()) if folders else None
+        if part and len(folders) > 1:
+            # compared as one sees it: macOS writes an accent as a letter of its own
+            key = (part, unicodedata.normalize("NFC", folders[1]))
+            files = groups.setdefault(key, [])
+            if name:
+                files.append(path)
+        elif name:
+            left_out.append(path)
+    return groups, left_out
 
 
-def augment(pixels, mirror):
-    """Shift each picture by up to a thirty-second of its side, repeating its edge; mirror half."""
-    count, side, device = len(pixels), pixels.shape[-1], pixels.device
-    shift = torch.randint(-(side // 32), side // 32 + 1, (2, count, 1), device=device)
-    rows, columns = (torch.arange(side, device=device) + shift).clamp(0, side - 1)  # count×side
-    if mirror:
-        columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns.flip(1), columns)
-    picture = torch.arange(count, device=device)[:, None, None]
-    return pixels[picture, :, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
+def is_divided(root, entries):
+    """Return whether a folder has train, and perhaps val and test, rather than classes itself."""
+    inside = {}  # the folders in the root, and the folders in each of them
+    for *folders, _ in entries:
+        if folders:
+            inside.setdefault(folders[0], set()).update(folders[1:2])
+    parts = [PARTS[name.lower()] for name in inside if name.lower() in PARTS]
+    others = [name for name in inside if name.lower() not in PARTS]
+    # a part has folders of classes; test may have none, and then says nothing about accuracy
+    odd = [
+        name for name in inside if PARTS.get(name.lower()) in ("train", "val") and not inside[name]
+    ]
+    if not parts or (others and parts == ["train"] and odd):
+        return False  # a class may be called train
+    if others or odd or "train" not in parts or len(parts) > len(set(parts)):
+        what = ", ".join(odd or others or inside)
+        stop(f"{root}: it is not clear what {what} is or are beside {', '.join(inside)}; {LAYOUTS}")
+    return True
 
 
-# ---- 2. model: ResNet18 with its head replaced ---------------------------------------------------
+def walk(root, output):
+    """Yield the names that lead to each visible file below a folder; a folder's end in ""."""
+    seen = {os.path.realpath(output), os.path.realpath(os.path.join(output, "previous"))}
+    seen.discard(os.path.realpath(root))
+    for path, folders, files in os.walk(root, onerror=refuse_folder, followlinks=True):
+        if os.path.realpath(path) in seen:  # ours, or a link that leads round in a circle
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(path))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        names = Path(path).relative_to(root).parts
+        yield [*names, ""]
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield [*names, name]
+
+
+def refuse_folder(error):
+    """End the program for a folder that cannot be listed."""
+    stop(f"cannot read the folder {error.filename} ({reason(error)})")
+
+
+def check_some(pictures, files, what):
+    """End the program if none of ten of these pictures can be decoded."""
+    problem = f"{files[0]} has no ending that Pillow knows" if files else "the folder is empty"
+    for path in reversed(pictures[:: len(pictures) // 10 + 1]):
+        try:
+            open_picture(path, size=1)
+            return
+        except OSError as error:
+            problem = f"{path}: {error}"
+    stop(f"{what} has no pictures among {len(files)} files ({problem}); add some, or remove it")
+
+
+# ---- picture files -------------------------------------------------------------------------------
+
+UNDECODABLE = -100  # a label that cross entropy ignores unless it is told otherwise
+# what the libraries raise for files and servers that are not what they seem
+LIBRARY_ERRORS = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError)
+LIBRARY_ERRORS += (SyntaxError, TypeError, ValueError, struct.error, zlib.error)
+LIBRARY_ERRORS += (Image.DecompressionBombError, HTTPException, pickle.UnpicklingError)
+UPRIGHT = [None, None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180]
+UPRIGHT += [Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE]
+UPRIGHT += [Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90]
+
+
+def open_picture(path, size):
+    """Return a file as an upright RGB picture (PIL), of any size from size×size on.
+
+    Of its metadata only the orientation counts. Raises OSError for what is no picture, is damaged,
+    or has values without a known range (float, 32 bits).
+    """
+    if not os.path.isfile(path):  # a pipe would never answer
+        raise OSError("it is not a file")
+    with open(path, "rb") as file:
+        try:
+            ImageFile.LOAD_TRUNCATED_IMAGES = True  # damaged metadata is passed over,
+            image = Image.open(file)
+            ImageFile.LOAD_TRUNCATED_IMAGES = False  # damaged pixels are not
+            image.draft("RGB", (size, size))  # lets the JPEG reader skip detail that is not needed
+            image.load()
+        except LIBRARY_ERRORS as error:
+            raise OSError(reason(error)) from error
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+        try:
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        except LIBRARY_ERRORS:
+            orientation = None
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode in ("I", "F", "LAB", "HSV"):
+        raise OSError(f"the range of its values (mode {image.mode}) is not known")
+    image = image.convert("RGB")
+    if orientation in range(2, 9):  # as EXIF numbers them
+        image = image.transpose(UPRIGHT[orientation])
+    return image
+
+
+# ---- speed ---------------------------------------------------------------------------------------
 
 
 class Conv3x3(nn.Conv2d):
@@ -248,7 +504,7 @@ class Conv3x3(nn.Conv2d):
 
     At 32 px ResNet18 ends on maps of 2×2 and 1×1 pixels. Where the output is one pixel only, up
     to eight of its nine taps multiply zeros, and the others are a plain matrix product: the same
-    outputs and gradients in half the time a step takes.
+    outputs and gradients with less arithmetic.
     """
 
     def forward(self, x):
@@ -261,314 +517,486 @@ class Conv3x3(nn.Conv2d):
         return nn.functional.linear(pixels, seen, self.bias)[:, :, None, None]
 
 
-def build_model(num_classes, weights):
-    """Return a ResNet18 that gives B×num_classes logits for normalised B×3×H×W pictures.
-
-    weights: "none" for random ones, "imagenet" for torchvision's, from its cache or fetched;
-    raises `Problem` if these cannot be had. The `state_dict` is torchvision's, key for key.
-    """
-    model = models.resnet18()
-    if weights == "imagenet":
-        with explain("the ImageNet weights cannot be had; try later or use --weights none"):
-            pretrained = models.ResNet18_Weights.IMAGENET1K_V1
-            options = {"progress": sys.stderr.isatty(), "check_hash": True, "weights_only": True}
-            model.load_state_dict(pretrained.get_state_dict(**options))
-    model.fc = nn.Linear(model.fc.in_features, num_classes)
-    for conv in model.modules():
-        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1):
-            conv.__class__ = Conv3x3  # the same parameters, another forward
-    return model.to(memory_format=torch.channels_last)
+def skip_taps_on_padding(model):
+    """Make every 3×3 convolution of a model a `Conv3x3`, with the parameters that it has."""
+    for layer in model.modules():
+        if type(layer) is nn.Conv2d and layer.kernel_size == (3, 3) and layer.padding == (1, 1):
+            layer.__class__ = Conv3x3
 
 
-def start_model(num_classes, weights, freeze, seed):
-    """Return the model to train and what its weights are, "imagenet" or "none"."""
-    if weights == "auto":
-        started, problem = attempt(start_model, num_classes, "imagenet", freeze, seed)
-        if problem:
-            require(not freeze, str(problem))
-            warn(problem, "Starting from RANDOM weights instead, which need more pictures.")
-        return started or start_model(num_classes, "none", freeze, seed)
-    torch.manual_seed(hash((seed,)))
-    model = build_model(num_classes, weights)
-    model.requires_grad_(not freeze).fc.requires_grad_(True)
-    return model, weights
+def has_native_bfloat16(device):
+    """Return whether a device computes in bfloat16 by itself; emulated, it would be slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def classify(model, pixels):
-    """Return the logits (float B×C) of uint8 pictures, by bfloat16 on CUDA cards that have it."""
-    mean, deviation = IMAGENET.to(pixels.device, non_blocking=True)
-    able = pixels.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=able):
-        return model((pixels - mean) / deviation).float()
+def choose_workers(device, files):
+    """Return how many processes decode pictures; training on a CPU needs half of the processors."""
+    if files < 100:
+        return 0
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    processors = len(affinity(0)) if affinity else os.cpu_count() or 1
+    if dist.is_initialized():
+        processors //= int(os.environ["LOCAL_WORLD_SIZE"])
+    return processors if device.type == "cuda" else processors // 2
 
 
-# ---- 3. loss and 4. optimizer --------------------------------------------------------------------
+def loader_options(workers, device):
+    """Return what all DataLoaders are given beside their pictures."""
+    options = {"num_workers": workers, "persistent_workers": workers > 0}
+    options |= {"timeout": 300 if workers else 0, "worker_init_fn": prepare_worker}
+    options |= {"pin_memory": device.type == "cuda"}
+    return options | {"generator": torch.Generator()}  # the global one is for training alone
 
 
-def make_optimizer(model, lr, steps):
-    """Return cross entropy, Adam over what is not frozen, and a schedule for `steps` batches.
-
-    One cycle: the rate rises to `lr` for three tenths of the steps, then falls to almost nothing
-    (Smith and Topin, "Super-Convergence", 2018). Labels are smoothed (Szegedy and others, 2016),
-    and weights decay apart from the gradient (Loshchilov and Hutter, 2019).
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adam = torch.optim.Adam(trained, lr, fused=True, weight_decay=0.2, decoupled_weight_decay=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(adam, lr, total_steps=steps)
-    return nn.CrossEntropyLoss(label_smoothing=0.1), adam, scheduler
+def prepare_worker(worker):
+    """Make a loader worker warn as the program does, and leave Ctrl-C to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.formatwarning = one_line
 
 
-# ---- 5. training ---------------------------------------------------------------------------------
+def leave_out_undecodable(images, labels):
+    """Return the images and labels of a batch without those that could not be decoded."""
+    decoded = labels != UNDECODABLE
+    if dist.is_initialized() and decoded.sum() < 2:  # the other processes would wait for ever
+        stop("too few pictures of a batch can be decoded; give a larger --batch-size")
+    if decoded.all():
+        return images, labels
+    return images[decoded], labels[decoded]
 
 
-def train(model, loader, batches, criterion, optimizer, scheduler, show):
-    """Train for one epoch; return its mean loss and images a second, as log.csv calls them.
-
-    `show` is called with the number of the batch and its loss; beside it nothing waits for the
-    device.
-    """
-    device, total, start = next(model.parameters()).device, 0, time.perf_counter()
-    model.train(all(weight.requires_grad for weight in model.parameters()))  # frozen: no statistics
-    for number, (pixels, labels) in enumerate(load(loader, batches, device), 1):
-        loss = criterion(classify(model, augment(pixels, loader.dataset.mirror)), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if scheduler.last_epoch + 1 < scheduler.total_steps:  # resumed, there may be more batches
-            scheduler.step()
-        total += loss.detach() * len(labels)
-        show(number, loss)
-    total, count = map(sum, zip(*gather((float(total), sum(map(len, batches))))))
-    return {"train_loss": total / count, "images_per_second": count / (time.perf_counter() - start)}
+# ---- what is left unsaid -------------------------------------------------------------------------
 
 
-def fit(model, loader, run, flags, output):
-    """Train from where `run` stands, saving it into `output` before the start and each epoch.
-
-    Nothing random passes from one epoch to the next: each seeds itself from --seed and its
-    number. So a run that was interrupted ends in the same bits as one that was not.
-    """
-    history, parts = run["history"], loader.dataset.parts
-    steps = flags.epochs * len(deal(parts["train"], flags, epoch=0))
-    criterion, optimizer, scheduler = make_optimizer(model, flags.lr, steps)
-    stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    with explain(f"{output / 'last.pth'} is of another model or program; start a new run"):
-        for name in stateful.keys() & run.keys():
-            stateful[name].load_state_dict(run[name])
-    replica = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    once(save_run, run, stateful, output)
-    while len(history) < flags.epochs and standing(history)[1] < (flags.patience or math.inf):
-        start, epoch = time.perf_counter(), len(history) + 1
-        row = dict.fromkeys(LOG) | {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
-        batches = deal(parts["train"], flags, epoch)
-        show = progress(f"epoch {epoch}/{flags.epochs}", len(batches), flags.batch_size)
-        row |= train(replica, loader, batches, criterion, optimizer, scheduler, show)
-        for buffer in model.buffers():  # the same batch-norm statistics on all processes
-            buffer.copy_(sum(gather(buffer.cpu())) / WORLD)
-        if epoch % flags.validate_every == 0 or epoch == flags.epochs:
-            row["val_loss"], confusion, _ = evaluate(model, loader, "val", flags.batch_size)
-            row["val_accuracy"] = confusion.trace().item() / confusion.sum().item()
-        history.append(row | {"seconds": time.perf_counter() - start})
-        once(save_run, run, stateful, output)
-        show_line("")
-        print(epoch_line(history, flags.epochs), flush=True)
+def fetch_weights(weights):
+    """Return the state_dict of some torchvision weights, from torch's cache or fetched."""
+    try:
+        bar = sys.stderr is not None and sys.stderr.isatty()
+        return weights.get_state_dict(progress=bar, check_hash=True, weights_only=True)
+    except LIBRARY_ERRORS as error:
+        hint = "try later, or give --weights none"
+        stop(f"the ImageNet weights cannot be had ({reason(error)}); {hint}")
 
 
-def deal(indices, flags, epoch):
-    """Return this process's share of each batch of an epoch, and seed what is random in it.
-
-    A last batch is left out if a process would get fewer than the two pictures batch-norm needs.
-    """
-    torch.manual_seed(hash((flags.seed, epoch)))  # the same order on all processes
-    batches = indices[torch.randperm(len(indices))].split(flags.batch_size)
-    torch.manual_seed(hash((flags.seed, epoch, RANK)))  # augmentation of their own
-    return [batch[RANK::WORLD].tolist() for batch in batches if len(batch) // WORLD > 1]
-
-
-def standing(history):
-    """Return the row of the best validation, the earliest of equals, and how many came since."""
-    validated = [row for row in history if row["val_accuracy"] is not None]
-    best = max(validated, key=lambda row: row["val_accuracy"], default=None)
-    return best, len(validated) - 1 - validated.index(best) if best else 0
+def choose_weights(weights, freeze):
+    """Return "imagenet" or "none": for "auto" what can be had, with a warning if it is none."""
+    if weights != "auto":
+        return weights
+    try:
+        fetch_weights(models.ResNet18_Weights.IMAGENET1K_V1)
+        return "imagenet"
+    except SystemExit as problem:
+        if freeze:
+            raise
+        show_banner(problem, "Starting from RANDOM weights instead, which need more pictures.")
+        return "none"
 
 
-# ---- 6. evaluation -------------------------------------------------------------------------------
+def choose_defaults(args, data, device, world):
+    """Return the flags with those left unsaid chosen: the place to change a default."""
+    args = argparse.Namespace(**vars(args))
+    args.weights = choose_weights(args.weights, args.freeze)
+    name = os.path.abspath(data.name) if isinstance(data.train, PicturesInFiles) else data.name
+    args.flags += [f"--data={name}", f"--weights={args.weights}"]
+    args.image_size = data.image_size
+    args.bfloat16 = has_native_bfloat16(device)
+    count = len(data.train)
+    if args.batch_size is None:  # some twenty steps an epoch or more, of no fewer than 8 pictures
+        args.batch_size = min(128, max(8, 2 ** int(math.log2(count / 20 + 1))))
+        args.batch_size = max(2, args.batch_size // world) * world
+    if args.lr is None:
+        args.lr = 0.01 if args.freeze else 0.001 if args.weights == "imagenet" else 0.003
+    if args.patience is None:  # so late the rate has fallen to a tenth of its peak
+        args.patience = math.ceil(0.85 * args.epochs / args.validate_every)
+    if args.workers is None:
+        files = count if isinstance(data.train, PicturesInFiles) else 0
+        args.workers = choose_workers(device, files)
+    if args.batch_size % world or args.batch_size < 2 * world:
+        hint = f"give a multiple of {world} from {2 * world} on"
+        stop(f"{world} processes cannot share --batch-size {args.batch_size} evenly; {hint}")
+    if count < 2 * world or min(len(data.val), len(data.test)) < world:
+        stop(f"{data.name} has too few pictures for {world} processes; start fewer")
+    return args
 
 
-@torch.inference_mode()
-def evaluate(model, loader, part, batch_size):
-    """Return mean loss, confusion (int64 C×C, true × predicted) and surest mistakes on a part.
-
-    A mistake is its confidence, true label, predicted label and pixels (uint8 3×S×S). Each process
-    counts its own share of the pictures; the results are those of all.
-    """
-    device, classes = next(model.parameters()).device, len(loader.dataset.classes)
-    share = loader.dataset.parts[part][RANK::WORLD]
-    batches = [batch.tolist() for batch in share.split(batch_size) if len(batch)]
-    loss, confusion, mistakes = 0, torch.zeros(classes**2, dtype=torch.int64), []
-    model.eval()
-    for pixels, labels in load(loader, batches, device):
-        logits = classify(model, pixels)
-        loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        confidence, predicted = logits.softmax(1).max(1)
-        confusion += torch.bincount(labels * classes + predicted, minlength=classes**2).cpu()
-        columns = (c[predicted != labels].cpu() for c in (confidence, labels, predicted, pixels))
-        mistakes = surest([*mistakes, *zip(*columns)])
-    losses, confusions, mistakes = zip(*gather((loss, confusion, mistakes)))
-    confusion = sum(confusions).view(classes, classes)
-    return sum(losses) / confusion.sum().item(), confusion, surest(sum(mistakes, []))
+def describe(args, data, model, device, world):
+    """Return the lines that say what was chosen."""
+    names = ", ".join(data.classes[:10]) + ", ..." * (len(data.classes) > 10)
+    sizes = f"{len(data.train)} train, {len(data.val)} val, {len(data.test)} test"
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    precision = "bfloat16 in training" if args.bfloat16 else "float32"
+    return f"""\
+data     {printable(data.name)}: {sizes}, {args.image_size} x {args.image_size} pixels
+classes  {len(data.classes)}: {printable(names)}
+weights  {args.weights}, {trained:,} parameters to train
+device   {device}, {precision}, processes: {world}, loader workers: {args.workers}
+training {args.epochs} epochs, batch size {args.batch_size}, learning rate {args.lr}, \
+patience {args.patience}, seed {args.seed}"""
 
 
-def surest(mistakes):
-    """Return the 32 mistakes of the greatest confidence, cut loose from their batches."""
-    return [(*row, pixels.clone()) for *row, pixels in sorted(mistakes, key=lambda m: -m[0])[:32]]
+# ---- report and picture of mistakes --------------------------------------------------------------
 
 
-def report(confusion, names):
+def report(labels, predictions, classes):
     """Return the lines that tell accuracy, each class's scores, and what is confused most."""
-    right, true, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
-    precision, recall = right / predicted.clamp(min=1), right / true.clamp(min=1)
-    scores = torch.stack([precision, recall, 2 * right / (true + predicted).clamp(min=1)], dim=1)
-    width = max(len(name) for name in [*names, "class"])
+    names = [printable(name) for name in classes]
+    count = len(names)
+    decoded = labels != UNDECODABLE
+    pairs = labels[decoded] * count + predictions[decoded]
+    confusion = torch.bincount(pairs, minlength=count * count).view(count, count)  # true×predicted
+    right = confusion.diag()
+    true = confusion.sum(1)
+    predicted = confusion.sum(0)
+    precision = right / predicted.clamp(min=1)
+    recall = right / true.clamp(min=1)
+    f1 = 2 * right / (true + predicted).clamp(min=1)
     lines = [f"test accuracy {right.sum() / true.sum():.2%} ({right.sum()} of {true.sum()})", ""]
-    lines += [f"{'class':{width}}  precision  recall      F1   count"]
-    scores, counts = [*scores, scores.mean(0)], [*true, true.sum()]
-    for name, (p, r, f1), count in zip([*names, "mean"], scores, counts):
-        lines += [f"{name:{width}}  {p:9.4f}  {r:6.4f}  {f1:6.4f}  {count:6}"]
-    wrong = (confusion - right.diag()).flatten()
-    counts, places = wrong.topk(min(5, len(wrong)))
-    lines += ["", "most often confused (true -> predicted):"] * bool(wrong.any())
-    for count, place in zip(counts[counts > 0].tolist(), places.tolist()):
-        lines += [f"{names[place // len(names)]} -> {names[place % len(names)]} {count}"]
+    width = max(len(name) for name in [*names, "class"])
+    lines.append(f"{'class':{width}}  precision  recall      F1   count")
+    rows = list(zip(names, precision, recall, f1, true))
+    rows.append(("mean", precision.mean(), recall.mean(), f1.mean(), true.sum()))
+    for name, p, r, f, number in rows:
+        lines.append(f"{name:{width}}  {p:9.4f}  {r:6.4f}  {f:6.4f}  {number:6}")
+    counts, places = (confusion - right.diag()).flatten().topk(min(5, count))
+    if counts[0] > 0:
+        lines += ["", "most often confused (true -> predicted):"]
+    for number, place in zip(counts[counts > 0].tolist(), places.tolist()):
+        lines.append(f"{names[place // count]} -> {names[place % count]} {number}")
     return lines
 
 
-def draw_mistakes(mistakes, names, path):
-    """Write a picture of the mistakes, each with its true and its predicted class below.
+def draw_mistakes(data, labels, predictions, confidences, output):
+    """Write mistakes.png: the test pictures that were most surely mistaken, and for what."""
+    path = Path(output, "mistakes.png")
+    wrong = torch.nonzero((labels != predictions) & (labels != UNDECODABLE)).flatten()
+    surest = wrong[confidences[wrong].argsort(descending=True)][:32].tolist()
+    if not surest:
+        path.unlink(missing_ok=True)  # an earlier picture
+        print("no mistakes, so no picture of them", flush=True)
+        return
+    font = ImageFont.load_default(13)
+    tiles = []
+    for index in surest:
+        true = printable(data.classes[labels[index]])
+        predicted = printable(data.classes[predictions[index]])
+        tile = v2.functional.to_pil_image(data.test[index][0])
+        tile = ImageOps.scale(tile, max(1, 192 // tile.width), Image.Resampling.NEAREST)
+        tile = tile.crop((0, 0, max(tile.width, 192), tile.height + 40))  # the rest is black
+        text = f"{true:.24}\n-> {predicted:.18} {confidences[index]:.0%}"
+        ImageDraw.Draw(tile).text((2, tile.height - 38), text, "white", font)
+        tiles.append(v2.functional.pil_to_tensor(tile))
+    sheet = io.BytesIO()
+    v2.functional.to_pil_image(utils.make_grid(tiles, padding=4)).save(sheet, "png")
+    write(path, sheet.getvalue())
+    print(f"the surest mistakes are drawn in {printable(path)}", flush=True)
 
-    Without mistakes an older picture is removed. Returns a line that tells what was done.
-    """
-    if not mistakes:
-        path.unlink(missing_ok=True)
-        return "no mistakes, so no picture of them"
-    font, tiles = ImageFont.load_default(13), []
-    for confidence, true, predicted, pixels in mistakes:
-        times, picture = max(1, 192 // pixels.shape[-1]), transforms.to_pil_image(pixels)
-        tile = ImageOps.scale(picture, times, Image.NEAREST)
-        tile = tile.crop((0, 0, max(tile.width, 192), tile.height + 22))  # the rest is black
-        for cut in range(40, 0, -1):  # letters of each name, until the line fits
-            text = f"{names[true][:cut]} -> {names[predicted][:cut]} {confidence:.0%}"
-            if font.getlength(text) < tile.width - 4:
-                break
-        ImageDraw.Draw(tile).text((2, tile.height - 19), text, "white", font)
-        tiles.append(transforms.pil_to_tensor(tile))
-    sheet = transforms.to_pil_image(utils.make_grid(tiles, padding=4))
-    write(path, lambda file: sheet.save(file, "png"))
-    return f"the surest mistakes are drawn in {path}"
 
-
-# ---- 7. prediction -------------------------------------------------------------------------------
+# ---- prediction ----------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def predict(files, path, device):
-    """Print the likeliest classes of each picture file; return the exit code."""
-    (model, best), code = load_best(path), 0
-    for file in files:
-        pixels, problem = attempt(decode, file, best["image_size"])
-        if problem:
-            code = min(1, complain(problem))
-            continue
-        pixels = torch.from_numpy(pixels).to(device).permute(2, 0, 1)
-        shares = classify(model.to(device), pixels[None])[0].softmax(0)
-        likeliest = zip(*shares.topk(min(3, len(shares))))
-        guesses = [f"{printable(best['classes'][label])} {share:.1%}" for share, label in likeliest]
-        print(printable(file), *guesses, sep="  ", flush=True)
-    return code
+def predict(args, device):
+    """Print a line for each picture that --predict names, or that is in a folder it names.
+
+    Returns 0; ends the program with 1 if there are files that cannot be decoded.
+    """
+    best = load_checkpoint(Path(args.output, "best_model.pth"), BEST)
+    model = build_model(len(best["classes"]), "none")
+    load_state(model, best["model"])
+    model.to(device).eval()
+    paths = []
+    for path in args.predict:
+        if os.path.isdir(path):
+            paths += [os.path.join(path, *names) for names in walk(path, args.output) if names[-1]]
+        else:
+            paths.append(path)
+    workers = choose_workers(device, len(paths)) if args.workers is None else args.workers
+    pictures = PicturesInFiles(paths, [0] * len(paths), best["image_size"])
+    _, transform = make_transforms(best["image_size"], mirror=False)
+    remaining = iter(paths)
+    unreadable = 0
+    for images, labels in DataLoader(pictures, 64, **loader_options(workers, device)):
+        shares = model(transform(images.to(device))).softmax(dim=1)
+        shares, guesses = shares.topk(min(3, len(best["classes"])))
+        for label, path, *likely in zip(labels, remaining, shares.tolist(), guesses.tolist()):
+            if label == UNDECODABLE:
+                unreadable += 1
+                continue
+            likely = [f"{best['classes'][guess]} {share:.1%}" for share, guess in zip(*likely)]
+            print(printable("  ".join([path, *likely])), flush=True)
+    if unreadable or not paths:
+        stop(f"{unreadable} of {len(paths)} files are no pictures; name others")
+    return 0
 
 
-# ---- what is saved -------------------------------------------------------------------------------
+# ---- saving and resuming -------------------------------------------------------------------------
 
-LOG = "epoch train_loss val_loss val_accuracy learning_rate images_per_second seconds".split()
+RUN_FILES = ["last.pth", "best_model.pth", "log.csv", "mistakes.png"]
+OPTIONAL = (float, type(None))
+# what a row of the history is, and what the checkpoints are; "model" is a state_dict
+LOG = {"epoch": int, "train_loss": float, "val_loss": OPTIONAL, "val_accuracy": OPTIONAL}
+LOG |= {"learning_rate": float, "images_per_second": float, "seconds": float}
 BEST = {"model": dict, "classes": list, "image_size": int, "epoch": int, "val_accuracy": float}
-LAST = {"model": dict, "optimizer": dict, "scheduler": dict, "history": list, "flags": dict}
-LAST |= {"classes": list, "crc": int}
+LAST = {"model": dict, "optimizer": dict, "history": list, "flags": list, "classes": list}
+LAST |= {"sizes": list, "patient_since": int}
 
 
-def write(path, put):
-    """Let `put(file)` write a file that takes the place of an older one when it is whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with explain(f"cannot write {path}; make room, then go on with --resume", code=1):
+class Run:
+    """A training: how far it is, when it ends, and what is kept of it in the folder --output.
+
+    history:       a row for each epoch, as log.csv has them
+    patient_since: the epoch from which --patience counts, where a finished run was prolonged
+    """
+
+    def __init__(self, args, data, model, optimizer):
+        self.args = args
+        self.data = data
+        self.model = model
+        self.optimizer = optimizer
+        self.output = Path(args.output)
+        self.sizes = [len(data.train), len(data.val), len(data.test)]
+        self.history = []
+        self.patient_since = 0
+
+    def start(self):
+        """Begin a new run."""
+        on_process_0(move_earlier_run_aside, self.output)
+        on_process_0(self.save)
+
+    def resume(self, saved, scheduler, steps):
+        """Go on where a saved run was, with the rate and the schedule of today's flags."""
+        if saved["classes"] != self.data.classes or saved["sizes"] != self.sizes:
+            stop(f"{self.data.name} has other classes or pictures than the run; start a new run")
+        self.history = saved["history"]
+        self.patient_since = saved["patient_since"]
+        load_state(self.model, saved["model"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        load_state(self.optimizer, {**saved["optimizer"], "param_groups": groups})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a scheduler that steps without its optimizer
+            for _ in range(len(self.history) * steps):
+                scheduler.step()
+        on_process_0(self.save)
+
+    def best(self):
+        """Return the row of the best validation, the earliest of equals, or None."""
+        validated = [row for row in self.history if row["val_accuracy"] is not None]
+        return max(validated, key=lambda row: row["val_accuracy"], default=None)
+
+    def epochs(self):
+        """Yield the numbers of the epochs that are still to be trained."""
+        while len(self.history) < self.args.epochs:
+            best = self.best()
+            since = max(self.patient_since, best["epoch"] if best else 0)
+            in_vain = sum(row["val_accuracy"] is not None for row in self.history[since:])
+            if 0 < self.args.patience <= in_vain:
+                break
+            self.epoch_start = time.perf_counter()
+            self.rate = self.optimizer.param_groups[0]["lr"]
+            yield len(self.history) + 1
+
+    def record(self, train_loss, seconds, validation):
+        """Note what an epoch came to, save the run and print a line.
+
+        train_loss, seconds: of the training alone, on this process
+        validation: what `evaluate` returned, or None
+        """
+        if dist.is_initialized():
+            losses = [None] * dist.get_world_size()
+            dist.all_gather_object(losses, train_loss)
+            train_loss = sum(losses) / len(losses)
+        row = dict.fromkeys(LOG)
+        row["epoch"] = len(self.history) + 1
+        row["train_loss"] = train_loss
+        row["learning_rate"] = self.rate
+        row["images_per_second"] = len(self.data.train) / seconds
+        line = f"epoch {row['epoch']:{len(str(self.args.epochs))}}/{self.args.epochs}"
+        line += f"  train loss {train_loss:.4f}"
+        if validation:
+            row["val_loss"], labels, predictions, _ = validation
+            right = (labels == predictions)[labels != UNDECODABLE]
+            row["val_accuracy"] = right.double().mean().item()
+            line += f"  val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.2%}"
+        row["seconds"] = time.perf_counter() - self.epoch_start
+        self.history.append(row)
+        on_process_0(self.save)
+        line += f"  {row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
+        print(line + "  (best)" * (row is self.best()), flush=True)
+
+    def save(self):
+        """Write log.csv, last.pth and, if the last epoch is the best, best_model.pth.
+
+        In this order: a run that is killed in between writes its best model when it is resumed.
+        """
+        row = self.history[-1] if self.history else None
+        if row:
+            if not math.isfinite(row["train_loss"] + (row["val_loss"] or 0)):
+                hint = f"go on from the epoch before with --resume and a --lr below {self.args.lr}"
+                stop(f"the loss is no longer a number; {hint}")
+            table = io.StringIO()
+            writer = csv.DictWriter(table, LOG, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.history)
+            write(self.output / "log.csv", table.getvalue().encode())
+        kept = {"model": self.model.state_dict(), "classes": self.data.classes}
+        last = {**kept, "optimizer": self.optimizer.state_dict(), "history": self.history}
+        last |= {"flags": self.args.flags, "sizes": self.sizes, "patient_since": self.patient_since}
+        write(self.output / "last.pth", to_bytes(last))
+        if row and row is self.best():
+            best = {**kept, "image_size": self.data.image_size}
+            best |= {"epoch": row["epoch"], "val_accuracy": row["val_accuracy"]}
+            write(self.output / "best_model.pth", to_bytes(best))
+
+    def load_best(self):
+        """Give the model the best weights; end the program if they are not of this run."""
+        path = self.output / "best_model.pth"
+        best = on_process_0(load_checkpoint, path, BEST)
+        row = self.best()
+        if (best["epoch"], best["val_accuracy"]) != (row["epoch"], row["val_accuracy"]):
+            stop(f"{path} is of another run; start a new one")
+        load_state(self.model, best["model"])
+
+
+def move_earlier_run_aside(output):
+    """Move what an earlier run wrote into `previous`, in the place of what was there.
+
+    last.pth goes first: where it is gone already, a move was interrupted, and goes on. A run that
+    has not finished an epoch is not kept.
+    """
+    previous = output / "previous"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        earlier = [name for name in RUN_FILES if (output / name).exists()]
+        if earlier in ([], ["last.pth"]):
+            return
+        previous.mkdir(exist_ok=True)
+        if "last.pth" in earlier:
+            for name in RUN_FILES:
+                (previous / name).unlink(missing_ok=True)
+        for name in earlier:
+            os.replace(output / name, previous / name)
+    except OSError as error:
+        stop(f"cannot write into {output} or {previous} ({reason(error)}); name another --output")
+    print(f"the earlier run in {printable(output)} is now in {printable(previous)}", flush=True)
+
+
+def write(path, content):
+    """Write a file that takes the place of an older one when it is whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may write at once
+    try:
         with open(temporary, "wb") as file:
-            put(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        stop(f"cannot write {path} ({reason(error)}); make room, then go on with --resume")
 
 
-def save_run(run, stateful, output):
-    """Write log.csv, last.pth and, if the last epoch is the best, best_model.pth.
-
-    In this order: a run that was killed in between writes its best model when it is resumed. As
-    long as a run has none, a best_model.pth is an earlier run's, and is set aside.
-    """
-    history, best_path = run["history"], output / "best_model.pth"
-    if history and not math.isfinite(history[-1]["train_loss"] + (history[-1]["val_loss"] or 0)):
-        raise Problem("the loss is no longer a number; start again with a lower --lr", code=1)
-    rows = [LOG, *([("" if row[key] is None else row[key]) for key in LOG] for row in history)]
-    table = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    write(output / "log.csv", lambda file: file.write(table.encode()))
-    run |= {name: part.state_dict() for name, part in stateful.items()}
-    write(output / "last.pth", lambda file: torch.save(run, file))
-    best = standing(history)[0]
-    if best is None and best_path.exists():
-        os.replace(best_path, output / "best_model.previous.pth")
-        print(f"the best model of an earlier run is now {output / 'best_model.previous.pth'}")
-    elif best and best is history[-1]:
-        model = {key: (run | run["flags"] | best)[key] for key in BEST}
-        write(best_path, lambda file: torch.save(model, file))
+def to_bytes(checkpoint):
+    """Return a checkpoint as a file has it: made in memory, so that only the disk can fail."""
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    return file.getbuffer()
 
 
 def load_checkpoint(path, kinds):
-    """Return a checkpoint that has these keys and kinds of values; nothing in it is executed."""
-    with explain(f"cannot use {path}; train first, or name its folder with --output"):
+    """Return a checkpoint with values of these kinds; nothing in it is executed."""
+    try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        require(all(isinstance(checkpoint[k], t) for k, t in kinds.items()), "not of this program")
-        return {key: checkpoint[key] for key in kinds}
+        damaged = [key for key, kind in kinds.items() if not isinstance(checkpoint[key], kind)]
+        damaged += [name for name in checkpoint["classes"] if not isinstance(name, str)]
+    except LIBRARY_ERRORS as error:
+        stop(f"cannot use {path} ({reason(error)}); train first, or name another --output")
+    if damaged:
+        stop(f"cannot use {path}, damaged in {damaged[0]}; train again, or name another --output")
+    return checkpoint
 
 
-def load_best(path):
-    """Return the model in a best_model.pth, on the CPU, to evaluate, and what else is in it."""
-    best = load_checkpoint(path, BEST)
-    with explain(f"{path} is damaged, or of another model or program; train again"):
-        model = build_model(len(best["classes"]), "none").eval()
-        model.load_state_dict(best["model"])
-    return model, best
+def load_run(output):
+    """Return what is saved of a run, to go on with it."""
+    path = Path(output, "last.pth")
+    saved = load_checkpoint(path, LAST)
+    rows = saved["history"]
+    whole = all(isinstance(row, dict) and list(row) == list(LOG) for row in rows)
+    whole = whole and all(isinstance(row[key], LOG[key]) for row in rows for key in LOG)
+    if not whole or not all(isinstance(flag, str) for flag in saved["flags"]):
+        stop(f"cannot use {path}, damaged in its history or flags; start a new run")
+    return saved
+
+
+def load_state(target, state):
+    """Give a model or an optimizer the state in a checkpoint."""
+    try:
+        target.load_state_dict(state)
+        if isinstance(target, torch.optim.Optimizer):  # which does not look at shapes itself
+            for parameter, moments in target.state.items():
+                for moment in moments.values():
+                    moment.expand_as(parameter)
+    except LIBRARY_ERRORS as error:
+        stop(f"the checkpoint is damaged, or of another model ({reason(error)}); start a new run")
 
 
 # ---- several processes, under torchrun; a single one passes through unchanged --------------------
 
 
-def gather(value):
-    """Return the values of all processes, in the order of their numbers."""
-    values = [value] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(values, value)
-    return values
+def join_processes():
+    """Return this process's number and how many there are: 0 and 1, unless torchrun started it."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # a download may be slow
+    except LIBRARY_ERRORS as error:
+        stop(f"the processes cannot start, a card for each if any, or not meet ({reason(error)})")
+    atexit.register(dist.destroy_process_group)
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # process 0 alone prints
+    return dist.get_rank(), dist.get_world_size()
 
 
-def once(function, *args):
-    """Call a function on process 0 alone; return its result, or end with its `Problem`, on all."""
-    outcome = [attempt(function, *args) if RANK == 0 else None]
-    if WORLD > 1:
+def on_process_0(function, *args):
+    """Call a function on process 0 alone; return its result, or exit as it does, on all."""
+    outcome = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome = [function(*args)]
+        except SystemExit as problem:
+            outcome = [problem]
+    if dist.is_initialized():
         dist.broadcast_object_list(outcome)
-    result, problem = outcome[0]
-    if problem:
-        raise problem if RANK == 0 else SystemExit(problem.code)
-    return result
+        if isinstance(outcome[0], SystemExit) and dist.get_rank() > 0:
+            sys.exit(1)  # process 0 says why
+    if isinstance(outcome[0], SystemExit):
+        raise outcome[0]
+    return outcome[0]
+
+
+def evaluate_together(model, batches):
+    """Return what `evaluate` does, of the shares of all processes, in the order of the data set."""
+    if not dist.is_initialized():
+        return evaluate(model, batches)
+    for buffer in model.buffers():  # batch-norm's statistics
+        dist.broadcast(buffer, 0)
+    loss, labels, predictions, confidences = evaluate(model, batches)
+    losses = torch.where(labels == UNDECODABLE, 0.0, loss)  # a picture's share of the mean
+    columns = [column.cpu() for column in (losses, labels, predictions, confidences)]
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, columns)
+    losses, labels, predictions, confidences = map(torch.cat, zip(*shares))
+    return losses[labels != UNDECODABLE].mean().item(), labels, predictions, confidences
 
 
 # ---- what is said --------------------------------------------------------------------------------
+
+
+def stop(problem):
+    """End the program with an error in one line."""
+    sys.exit(printable(f"error: {problem}"))
 
 
 def printable(text):
@@ -576,197 +1004,142 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-def warn(*lines):
+def reason(error):
+    """Return what an error of a library says, in one line."""
+    text = getattr(error, "strerror", None) or str(error) or repr(error)
+    return text.splitlines()[0][:200]
+
+
+def one_line(message, *_):
+    """Return a warning in one line; Python itself says each text once a process."""
+    return f"warning: {printable(message)}\n"
+
+
+def show_banner(problem, consequence):
     """Write a warning on stderr that cannot be overlooked."""
-    lines = ["warning: " + printable(line) for line in lines]
+    lines = [str(problem).replace("error:", "warning:"), f"warning: {consequence}"]
     print("=" * 80, *lines, "=" * 80, sep="\n", file=sys.stderr, flush=True)
 
 
-def complain(problem):
-    """Write an error on stderr; return its exit code."""
-    show_line("")
-    print(f"error: {printable(problem)}", file=sys.stderr, flush=True)
-    return problem.code
-
-
-def show_line(text):
-    """Rewrite one line of a terminal on stderr ("" clears it); without a terminal do nothing."""
-    if sys.stderr.isatty() and RANK == 0:
-        width = shutil.get_terminal_size().columns - 1
-        print(f"{text[:width]:{width}}\r", end="", file=sys.stderr, flush=True)
-
-
-def progress(title, batches, batch_size):
-    """Return a function for `train` that shows at most once a second how far the epoch is."""
-    start = shown = time.monotonic()
-
-    def show(number, loss):
-        nonlocal shown
-        if sys.stderr.isatty() and time.monotonic() - shown > 1:
+def show_progress(loader):
+    """Yield the batches of a loader; in a terminal a line tells how far they are."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    watched = first and sys.stderr is not None and sys.stderr.isatty()
+    width = shutil.get_terminal_size().columns - 1
+    start = time.monotonic()
+    shown = start
+    for number, batch in enumerate(loader, 1):
+        yield batch
+        if watched and time.monotonic() - shown > 1:
             shown = time.monotonic()
             speed = number / (shown - start)
-            left = time.strftime("%H:%M:%S", time.gmtime((batches - number) / speed))
-            done = f"{title}  batch {number}/{batches}  loss {loss.item():.4f}"
-            show_line(f"{done}  {batch_size * speed:.0f} images/s  {left} left")
-
-    return show
-
-
-def epoch_line(history, epochs):
-    """Return the line that tells of the last epoch."""
-    row = history[-1]
-    line = f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  train loss {row['train_loss']:.4f}"
-    if row["val_accuracy"] is not None:
-        line += f"  val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.2%}"
-    line += f"  {row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
-    return line + "  (best)" * (row is standing(history)[0])
+            left = datetime.timedelta(seconds=round((len(loader) - number) / speed))
+            text = f"batch {number}/{len(loader)}  {loader.batch_size * speed:.0f} images/s"
+            text = f"{text}  {left} left"[:width]
+            print(f"{text:{width}}\r", end="", file=sys.stderr, flush=True)
+    if watched:
+        print(" " * width, end="\r", file=sys.stderr, flush=True)
 
 
-def describe(pictures, workers, model, device, run):
-    """Return what was chosen, to be read before the work starts."""
-    sizes = ", ".join(f"{len(indices)} {part}" for part, indices in pictures.parts.items())
-    names = ", ".join(pictures.classes[:10]) + ", …" * (len(pictures.classes) > 10)
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return f"""\
-data     {printable(pictures.name)}: {sizes}, {pictures.size} x {pictures.size} pixels
-classes  {len(pictures.classes)}: {printable(names)}
-device   {device}, loader workers: {workers}, processes: {WORLD}
-weights  {run["flags"]["weights"]}, {trained:,} parameters to train"""
+@contextlib.contextmanager
+def endings_in_one_line():
+    """Say in one line what may end a run and is nobody's mistake in the code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names may have letters that it cannot encode
+            stream.reconfigure(errors="backslashreplace")
+    socket.setdefaulttimeout(15)  # seconds that an address of a server may stay silent
+    warnings.formatwarning = one_line
+    warnings.filterwarnings("ignore", module="PIL")  # of oddities in files that it reads well
+    try:
+        yield
+    except KeyboardInterrupt:
+        hint = "go on with --resume if training had begun"
+        print(f"error: interrupted; {hint}", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
+        sys.stdout = open(os.devnull, "w")
+        stop("nobody reads what is printed any more")
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in text:
+            stop("memory ran out; go on with --resume and a smaller --batch-size or --image-size")
+        if text.startswith(WORKER_DIED) or "shared memory" in text:
+            hint = "give --workers 0, or more shared memory (/dev/shm)"
+            stop(f"a loader worker died, or could not send its pictures; {hint}")
+        raise
+
+
+NO_MEMORY = "can't allocate memory"  # what torch says of the host's; for a card's it has a class
+WORKER_DIED = ("DataLoader worker (pid", "DataLoader timed out")
 
 
 # ---- flags ---------------------------------------------------------------------------------------
 
-
-DATA = "cifar10, cifar100, digits, or a folder: DIR/CLASS/* or DIR/train|val|test/CLASS/*"
-WEIGHTS, DEVICES = ["auto", "imagenet", "none"], ["auto", "cuda", "cpu"]
 LEAST = {"image_size": 1, "epochs": 1, "batch_size": 2, "lr": 1e-12, "validate_every": 1}
+LEAST |= {"patience": 0, "seed": 0, "workers": 0}
 
 
 def make_parser():
     """Return the parser of the flags; in brackets what is taken if one is left out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument_group("what to learn from").add_argument
-    add("--data", default="auto", metavar="NAME|DIR", help=f"{DATA} (auto: cifar10, else digits)")
+    data = "cifar10, cifar100, digits, or a folder of pictures (cifar10, else digits)"
+    predict = "classify these pictures, or those in these folders, by the model in --output"
+    weights = ["auto", "imagenet", "none"]
+    devices = ["auto", "cuda", "cpu"]
+    add = parser.add_argument
+    add("--data", default="auto", metavar="NAME|DIR", help=data)
     add("--image-size", type=int, metavar="PX", help="side of the pictures (32; of a folder: 224)")
-    add = parser.add_argument_group("how to learn").add_argument
     add("--epochs", type=int, default=10, metavar="N", help="times through the pictures (10)")
-    add("--batch-size", type=int, default=128, metavar="N", help="pictures in a step (128)")
-    add("--lr", type=float, default=0.001, help="learning rate at its peak (0.001)")
-    add("--weights", default="auto", choices=WEIGHTS, help="to start from (imagenet, else none)")
+    add("--batch-size", type=int, metavar="N", help="pictures in a step, of all processes (chosen)")
+    add("--lr", type=float, help="learning rate at its peak (chosen)")
+    add("--weights", default="auto", choices=weights, help="to start from (imagenet, else none)")
     add("--freeze", action="store_true", help="train the new head alone (train all)")
     add("--validate-every", type=int, default=1, metavar="N", help="validate every N epochs (1)")
-    add("--patience", type=int, default=5, metavar="N", help="stop after N validations in vain (5)")
+    add("--patience", type=int, metavar="N", help="stop after N validations in vain (chosen)")
     add("--seed", type=int, default=0, metavar="N", help="same seed, same result (0)")
-    add = parser.add_argument_group("where and how to run").add_argument
-    add("--device", default="auto", choices=DEVICES, help="where to compute (cuda, else cpu)")
+    add("--device", default="auto", choices=devices, help="where to compute (cuda, else cpu)")
     add("--workers", type=int, metavar="N", help="processes that decode pictures (chosen)")
     add("--output", default="checkpoint", metavar="DIR", help="where all is written (checkpoint)")
-    add = parser.add_argument_group("afterwards").add_argument
-    add("--resume", action="store_true", help="go on with the run in --output as it was started")
-    add("--predict", nargs="+", metavar="IMAGE", help="classify these by the model in --output")
+    add("--resume", action="store_true", help="go on with the run in --output; other flags win")
+    add("--predict", nargs="+", metavar="PATH", help=predict)
     return parser
 
 
-def parse_flags(argv):
-    """Return all flags, and as a dictionary those given; exits with 2 if one cannot be."""
+def parse_args(argv):
+    """Return the flags, and what is saved of the run that is resumed, or None.
+
+    A resumed run has the flags that it was started with, but what is typed now wins.
+    """
+    argv = sys.argv[1:] if argv is None else [str(flag) for flag in argv]
     parser = make_parser()
-    flags = parser.parse_args(argv)
-    for name, value in vars(flags).items():
-        if isinstance(value, (int, float)) and not LEAST.get(name, 0) <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value}: give {LEAST.get(name, 0)} or more")
-    require(not flags.freeze or flags.weights != "none", "--freeze needs --weights imagenet")
-    # once more, without defaults: what is not None was given
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(flags)))))
-    return flags, {name: value for name, value in given.items() if value is not None}
-
-
-def resumed_flags(flags, given, run):
-    """Return the flags of the run that is resumed; raise `Problem` where one given now differs."""
-    free = {name: getattr(flags, name) for name in ("device", "workers", "output", "resume")}
-    for name, value in given.items() - free.items():
-        flag, own = "--" + name.replace("_", "-"), run["flags"].get(name)
-        # what auto came to is the run's own
-        require(value in ("auto", own), f"{flag} {value} is not the run's own {own}; leave it out")
-    return argparse.Namespace(**run["flags"] | {"weights": "none"} | free)
-
-
-# ---- main ----------------------------------------------------------------------------------------
-
-
-def start_device(name):
-    """Return the device that computes; under torchrun join the other processes."""
-    cuda = name != "cpu" and torch.cuda.is_available()
-    require(cuda or name != "cuda", "--device cuda: there is no CUDA here; leave it out")
-    with explain("cannot start; each process needs torchrun, and a CUDA card of its own if any"):
-        if cuda:
-            torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
-            torch.backends.cudnn.benchmark = True
-        if WORLD > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
-            atexit.register(dist.destroy_process_group)
-            sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # 0 alone prints
-    return torch.device("cuda" if cuda else "cpu")
-
-
-def check(run, pictures, flags):
-    """Raise `Problem` if run, pictures and flags do not go together, or nothing can be written."""
-    if flags.batch_size % WORLD or min(flags.batch_size, len(pictures.parts["train"])) < 2 * WORLD:
-        raise Problem(f"{WORLD} processes cannot share --batch-size {flags.batch_size} evenly")
-    require(run.get("crc", pictures.crc) == pictures.crc, "the data have changed; start a new run")
-    with explain(f"cannot make the folder {flags.output}; name another --output"):
-        Path(flags.output).mkdir(parents=True, exist_ok=True)
-
-
-def pipeline(flags, given):
-    """Do what the flags say, step by step; return the exit code."""
-    device, output = start_device(flags.device), Path(flags.output)
-    if flags.predict:
-        return predict(flags.predict, output / "best_model.pth", device)
-    run = {"history": []}
-    if flags.resume:
-        run = once(load_checkpoint, output / "last.pth", LAST)
-        flags = resumed_flags(flags, given, run)
-
-    pictures = once(read_data, flags.data, flags.image_size)
-    once(check, run, pictures, flags)
-    classes = pictures.classes
-    model, weights = once(start_model, len(classes), flags.weights, flags.freeze, flags.seed)
-    if not flags.resume:
-        flags.data, flags.image_size, flags.weights = pictures.name, pictures.size, weights
-        run |= {"flags": vars(flags), "classes": classes, "crc": pictures.crc}
-
-    loader = make_loader(pictures, flags.workers, device)
-    print(describe(pictures, loader.num_workers, model, device, run), flush=True)
-    fit(model.to(device), loader, run, flags, output)
-
-    model, best = once(load_best, output / "best_model.pth")
-    require(best["classes"] == classes, "best_model.pth has other classes than the data")
-    _, confusion, mistakes = evaluate(model.to(device), loader, "test", flags.batch_size)
-    names = [printable(name) for name in classes]
-    print(*report(confusion, names), sep="\n")
-    print(once(draw_mistakes, mistakes, names, output / "mistakes.png"), flush=True)
-    return 0
-
-
-def main(argv=None):
-    """Run the program with the flags in `argv`, or on the command line; return the exit code."""
-    socket.setdefaulttimeout(NETWORK_TIMEOUT)
-    try:
-        return pipeline(*parse_flags(argv))
-    except Problem as problem:
-        return complain(problem)
-    except KeyboardInterrupt:
-        return complain(Problem("interrupted; go on with --resume if training had begun", code=130))
-    except (RuntimeError, MemoryError) as error:  # when a worker or another process has died, too
-        if WORLD == 1 and not any(word in str(error) for word in ("worker", "memory", "allocate")):
-            raise
-        return complain(Problem(f"no memory, or a process died; use --resume ({error})", code=1))
-    except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    args = parser.parse_args(argv)
+    args.flags = argv
+    saved = None
+    if args.resume and not args.predict:
+        saved = load_run(args.output)
+        own = parser.parse_args(saved["flags"])
+        flags = [*saved["flags"], *argv, f"--output={args.output}"]
+        args = parser.parse_args(flags)
+        args.flags = flags
+        done = len(saved["history"])
+        if args.weights == "auto":
+            args.weights = own.weights
+        if (args.weights, args.freeze) != (own.weights, own.freeze):
+            parser.error("--weights and --freeze are the run's own; leave them out with --resume")
+        if args.epochs < done:
+            parser.error(f"--epochs {args.epochs}: {done} are done; give {done} or more")
+        if args.epochs > own.epochs:
+            saved["patient_since"] = done
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= 10**9:
+            parser.error(f"--{name.replace('_', '-')} {value}: give {least} or more")
+    if args.freeze and args.weights == "none":
+        parser.error("--freeze would keep random weights; leave out --weights none")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA here; leave it out, or say --device cpu")
+    return args, saved
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):  # names may have letters that it cannot encode
-        stream.reconfigure(errors="backslashreplace")
     sys.exit(main())
