@@ -103,6 +103,7 @@ class Batches:
                 if len(labels) < 2:  # batch-norm needs two
                     continue
             # a transform draws its random numbers once a call, so it gets 16 pictures at a time
+            images = images.to(memory_format=torch.channels_last)  # as the model has them
             groups = images.to(self.device, non_blocking=True).split(16)
             images = torch.cat([self.transform(group) for group in groups])
             yield images, labels.to(self.device, non_blocking=True)
@@ -307,10 +308,11 @@ def read_cifar(name):
 def draw_digits():
     """Return pixels, labels, parts and classes of 6,000 drawn pictures of the ten digits."""
     rng = np.random.default_rng(0)
+    fonts = [ImageFont.load_default(size) for size in range(18, 29)]
     labels = [index % 10 for index in range(6000)]
     pixels = []
     for label in labels:
-        font = ImageFont.load_default(rng.integers(18, 29))
+        font = fonts[rng.integers(len(fonts))]
         glyph = Image.new("L", (32, 32))
         ImageDraw.Draw(glyph).text(rng.uniform(13, 19, 2), str(label), 255, font, anchor="mm")
         glyph = glyph.rotate(rng.uniform(-20, 20), Image.Resampling.BILINEAR)
@@ -349,7 +351,6 @@ LAYOUTS = "a data set is DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg with val and 
 
 def read_folder(root, output):
     """Return paths, labels, parts and classes of DIR/CLASS/** or DIR/train|val|test/CLASS/**."""
-    known = Image.registered_extensions()
     groups, left_out = group_files(root, output)
     classes = sorted({name for _, name in groups})
     if len(classes) < 2:
@@ -362,7 +363,7 @@ def read_folder(root, output):
             if (part, name) not in groups:
                 stop(f"{root}: {part} has no folder {name}, as another part has; {LAYOUTS}")
             files = groups[part, name]
-            pictures = [path for path in files if os.path.splitext(path)[1].lower() in known]
+            pictures = [path for path in files if is_picture(path)]
             left_out += sorted(set(files).difference(pictures))
             check_some(pictures, files, f"class {name} of {root} ({part})")
             paths += pictures
@@ -400,35 +401,47 @@ def group_files(root, output):
 def is_divided(root, entries):
     """Return whether a folder has train, and perhaps val and test, rather than classes itself."""
     inside = {}  # the folders in the root, and the folders in each of them
-    for *folders, _ in entries:
+    with_pictures = set()
+    for *folders, name in entries:
         if folders:
             inside.setdefault(folders[0], set()).update(folders[1:2])
-    parts = [PARTS[name.lower()] for name in inside if name.lower() in PARTS]
-    others = [name for name in inside if name.lower() not in PARTS]
-    # a part has folders of classes; test may have none, and then says nothing about accuracy
-    odd = [
-        name for name in inside if PARTS.get(name.lower()) in ("train", "val") and not inside[name]
-    ]
-    if not parts or (others and parts == ["train"] and odd):
+            if is_picture(name):
+                with_pictures.add(folders[0])
+    named = [name for name in inside if name.lower() in PARTS]
+    parts = [PARTS[name.lower()] for name in named]
+    others = [name for name in inside if name.lower() not in PARTS and name in with_pictures]
+    # a test folder without classes is left out, for it cannot tell the accuracy
+    flat = [name for name in named if not inside[name] and PARTS[name.lower()] != "test"]
+    if not parts or (others and parts == ["train"] and flat):
         return False  # a class may be called train
-    if others or odd or "train" not in parts or len(parts) > len(set(parts)):
-        what = ", ".join(odd or others or inside)
-        stop(f"{root}: it is not clear what {what} is or are beside {', '.join(inside)}; {LAYOUTS}")
+    if others or flat or "train" not in parts or len(parts) > len(set(parts)):
+        odd = ", ".join(others + flat if "train" in parts and others + flat else named)
+        stop(f"{root}: it is not clear what {odd} means beside {', '.join(inside)}; {LAYOUTS}")
     return True
+
+
+def is_picture(path):
+    """Return whether a file has an ending that Pillow knows."""
+    return os.path.splitext(path)[1].lower() in Image.registered_extensions()
 
 
 def walk(root, output):
     """Yield the names that lead to each visible file below a folder; a folder's end in ""."""
-    seen = {os.path.realpath(output), os.path.realpath(os.path.join(output, "previous"))}
-    seen.discard(os.path.realpath(root))
+    ours = {os.path.realpath(output), os.path.realpath(os.path.join(output, "previous"))}
+    ours.discard(os.path.realpath(root))
+    seen = set()
     for path, folders, files in os.walk(root, onerror=refuse_folder, followlinks=True):
-        if os.path.realpath(path) in seen:  # ours, or a link that leads round in a circle
+        real = os.path.realpath(path)
+        names = Path(path).relative_to(root).parts
+        if real in ours:
             folders.clear()
             continue
-        seen.add(os.path.realpath(path))
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        names = Path(path).relative_to(root).parts
         yield [*names, ""]
+        if real in seen:  # a link that leads round in a circle, or to another part
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in sorted(files):
             if not name.startswith("."):
                 yield [*names, name]
@@ -441,7 +454,7 @@ def refuse_folder(error):
 
 def check_some(pictures, files, what):
     """End the program if none of ten of these pictures can be decoded."""
-    problem = f"{files[0]} has no ending that Pillow knows" if files else "the folder is empty"
+    problem = f"{files[0]} has no ending that Pillow knows" if files else "it is empty, or a link"
     for path in reversed(pictures[:: len(pictures) // 10 + 1]):
         try:
             open_picture(path, size=1)
@@ -554,7 +567,7 @@ def loader_options(workers, device):
 def prepare_worker(worker):
     """Make a loader worker warn as the program does, and leave Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.formatwarning = one_line
+    warnings.showwarning = show_warning
 
 
 def leave_out_undecodable(images, labels):
@@ -585,7 +598,7 @@ def choose_weights(weights, freeze):
     if weights != "auto":
         return weights
     try:
-        fetch_weights(models.ResNet18_Weights.IMAGENET1K_V1)
+        build_model(1, "imagenet")
         return "imagenet"
     except SystemExit as problem:
         if freeze:
@@ -604,12 +617,11 @@ def choose_defaults(args, data, device, world):
     args.bfloat16 = has_native_bfloat16(device)
     count = len(data.train)
     if args.batch_size is None:  # some twenty steps an epoch or more, of no fewer than 8 pictures
-        args.batch_size = min(128, max(8, 2 ** int(math.log2(count / 20 + 1))))
-        args.batch_size = max(2, args.batch_size // world) * world
+        args.batch_size = max(2, min(128, max(8, count // 20)) // world) * world
     if args.lr is None:
         args.lr = 0.01 if args.freeze else 0.001 if args.weights == "imagenet" else 0.003
     if args.patience is None:  # so late the rate has fallen to a tenth of its peak
-        args.patience = math.ceil(0.85 * args.epochs / args.validate_every)
+        args.patience = math.ceil(0.875 * args.epochs / args.validate_every)
     if args.workers is None:
         files = count if isinstance(data.train, PicturesInFiles) else 0
         args.workers = choose_workers(device, files)
@@ -1010,9 +1022,9 @@ def reason(error):
     return text.splitlines()[0][:200]
 
 
-def one_line(message, *_):
-    """Return a warning in one line; Python itself says each text once a process."""
-    return f"warning: {printable(message)}\n"
+def show_warning(message, *_):
+    """Write a warning in one line; Python itself says each text once a process."""
+    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def show_banner(problem, consequence):
@@ -1047,8 +1059,8 @@ def endings_in_one_line():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names may have letters that it cannot encode
             stream.reconfigure(errors="backslashreplace")
-    socket.setdefaulttimeout(15)  # seconds that an address of a server may stay silent
-    warnings.formatwarning = one_line
+    socket.setdefaulttimeout(NETWORK_TIMEOUT)
+    warnings.showwarning = show_warning
     warnings.filterwarnings("ignore", module="PIL")  # of oddities in files that it reads well
     try:
         yield
@@ -1069,6 +1081,7 @@ def endings_in_one_line():
         raise
 
 
+NETWORK_TIMEOUT = 15  # seconds that an address of a server may stay silent
 NO_MEMORY = "can't allocate memory"  # what torch says of the host's; for a card's it has a class
 WORKER_DIED = ("DataLoader worker (pid", "DataLoader timed out")
 
@@ -1132,7 +1145,7 @@ def parse_args(argv):
             saved["patient_since"] = done
     for name, least in LEAST.items():
         value = getattr(args, name)
-        if value is not None and not least <= value <= 10**9:
+        if value is not None and not least <= value < (2**32 if name == "seed" else math.inf):
             parser.error(f"--{name.replace('_', '-')} {value}: give {least} or more")
     if args.freeze and args.weights == "none":
         parser.error("--freeze would keep random weights; leave out --weights none")
