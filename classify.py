@@ -16,6 +16,7 @@ import csv
 import datetime
 import io
 import math
+import multiprocessing.queues
 import os
 import pickle
 import shutil
@@ -47,7 +48,7 @@ class PicturesInFiles(Dataset):
     """Picture files, decoded when they are asked for, and their labels (N whole numbers)."""
 
     def __init__(self, paths, labels, size):
-        # one array: each loader worker would make its own copy of a list of a million names
+        # one array of bytes: of a list of names each loader worker would come to have a copy
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
         self.size = size
@@ -65,8 +66,8 @@ class PicturesInFiles(Dataset):
         try:
             image = open_picture(path, self.size)
         except OSError as error:
-            warnings.warn(f"{path} is left out: {error}", stacklevel=2)
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), UNDECODABLE
+            warnings.warn(f"{path} is left out: {error}", stacklevel=1)
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -100
         image = ImageOps.fit(image, (self.size, self.size))
         return v2.functional.pil_to_tensor(image), int(self.labels[index])
 
@@ -74,6 +75,7 @@ class PicturesInFiles(Dataset):
 def make_transforms(size, mirror):
     """Return what is done to the pictures in training, and what is done to all others."""
     resize = v2.Resize([size, size])  # pictures of this size already are left as they are
+    # for uint8 pictures; what needs normalised ones, as RandomErasing does, goes after to_input
     augment = [v2.RandomCrop(size, padding=max(1, size // 32), padding_mode="edge")]
     if mirror:
         augment.append(v2.RandomHorizontalFlip())
@@ -102,10 +104,9 @@ class Batches:
                 images, labels = leave_out_undecodable(images, labels)
                 if len(labels) < 2:  # batch-norm needs two
                     continue
-            # a transform draws its random numbers once a call, so it gets 16 pictures at a time
-            images = images.to(memory_format=torch.channels_last)  # as the model has them
-            groups = images.to(self.device, non_blocking=True).split(16)
-            images = torch.cat([self.transform(group) for group in groups])
+            images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+            # a transform draws its random numbers once a call: the same for 16 pictures
+            images = torch.cat([self.transform(group) for group in images.split(16)])
             yield images, labels.to(self.device, non_blocking=True)
 
 
@@ -126,11 +127,11 @@ def build_model(num_classes, weights, freeze=False):
     if freeze:
         model.requires_grad_(False)
     model.fc = nn.Linear(model.fc.in_features, num_classes)  # the head; new, so never frozen
-    skip_taps_on_padding(model)
+    skip_taps_on_padding(model)  # the same results, faster
     return model.to(memory_format=torch.channels_last)
 
 
-# ---- 5. training (3. loss and 4. optimizer are in main) ------------------------------------------
+# ---- 5. training (3. loss and 4. optimizer are in `main`) ----------------------------------------
 
 
 def train_one_epoch(model, batches, criterion, optimizer, scheduler, bfloat16=False):
@@ -140,9 +141,9 @@ def train_one_epoch(model, batches, criterion, optimizer, scheduler, bfloat16=Fa
     which is faster where the processor has it natively; the weights stay float32.
     """
     model.train()
-    for layer in model.modules():
+    for layer in model.modules():  # a frozen batch-norm keeps its mean and variance, too
         if isinstance(layer, nn.BatchNorm2d) and layer.affine and not layer.weight.requires_grad:
-            layer.eval()  # a frozen layer keeps its statistics, too
+            layer.eval()
     total_loss = 0.0
     count = 0
     for images, labels in batches:
@@ -162,7 +163,7 @@ def train_one_epoch(model, batches, criterion, optimizer, scheduler, bfloat16=Fa
 
 @torch.inference_mode()
 def evaluate(model, batches):
-    """Return mean loss, labels, predictions and confidences (each N) over batches.
+    """Return mean cross entropy, labels, predictions and confidences (each N) over batches.
 
     A picture that could not be decoded keeps its label of -100, and is not part of the loss.
     """
@@ -185,59 +186,58 @@ def evaluate(model, batches):
 def main(argv=None):
     """Run the program with these flags, or those typed; return 0 or raise SystemExit."""
     with endings_in_one_line():
+        # alone, this is process 0 of 1: what `on_process_0` calls is simply called
         rank, world = join_processes()
-        args, saved = on_process_0(parse_args, argv)
-        use_cuda = args.device != "cpu" and torch.cuda.is_available()
-        device = torch.device("cuda" if use_cuda else "cpu")
+        args, saved = on_process_0(parse_args, argv)  # saved: the run to go on with, or None
+        device = choose_device(args.device)
         if args.predict:
             return on_process_0(predict, args, device)
-
+        # 1. data
         data = on_process_0(read_data, args.data, args.image_size, args.output)
         args = on_process_0(choose_defaults, args, data, device, world)
+        batch_size = args.batch_size // world
         sampler = DistributedSampler(data.train, world, rank, shuffle=True, seed=args.seed)
+        drop_single = len(sampler) % batch_size == 1  # batch-norm cannot train on one picture
+        options = {"batch_size": batch_size, **loader_options(args.workers, device)}
         val_share = np.array_split(np.arange(len(data.val)), world)[rank]
         test_share = np.array_split(np.arange(len(data.test)), world)[rank]
-        size = args.batch_size // world
-        single = len(sampler) % size == 1  # batch-norm cannot train on a last batch of one picture
-        options = loader_options(args.workers, device)
-        train_loader = DataLoader(data.train, size, sampler=sampler, drop_last=single, **options)
-        val_loader = DataLoader(data.val, size, sampler=val_share, **options)
-        test_loader = DataLoader(data.test, size, sampler=test_share, **options)
-        train_transform, transform = make_transforms(data.image_size, data.mirror)
+        train_loader = DataLoader(data.train, sampler=sampler, drop_last=drop_single, **options)
+        val_loader = DataLoader(data.val, sampler=val_share, **options)
+        test_loader = DataLoader(data.test, sampler=test_share, **options)
+        train_transform, test_transform = make_transforms(data.image_size, data.mirror)
         train_batches = Batches(train_loader, device, train_transform, training=True)
-        val_batches = Batches(val_loader, device, transform)
-        test_batches = Batches(test_loader, device, transform)
-
+        val_batches = Batches(val_loader, device, test_transform)
+        test_batches = Batches(test_loader, device, test_transform)
+        # 2. model
         torch.manual_seed(args.seed)
         weights = "none" if saved else args.weights  # a resumed run has weights of its own
         model = on_process_0(build_model, len(data.classes), weights, args.freeze).to(device)
-        criterion = nn.CrossEntropyLoss()
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)
-        # one step more than there are, or the only step of a tiny run would have a rate of nearly 0
+        replica = DistributedDataParallel(model) if world > 1 else model
+        # 3. loss
+        criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+        # 4. optimizer, and the schedule of its learning rate, which ends near 0 after the last step
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        decay = {"weight_decay": 0.2, "decoupled_weight_decay": True}
+        optimizer = torch.optim.Adam(trainable, lr=args.lr, fused=True, **decay)
         steps = args.epochs * len(train_loader) + 1
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
+        # 5. training; the run knows the best epoch, saves it, and says when to stop
         print(describe(args, data, model, device, world), flush=True)
-
         run = Run(args, data, model, optimizer)
-        if saved:
-            run.resume(saved, scheduler, len(train_loader))
-        else:
-            run.start()
-        parallel = DistributedDataParallel(model) if world > 1 else model
+        run.begin(saved, scheduler, len(train_loader))
         for epoch in run.epochs():
-            sampler.set_epoch(epoch)
-            torch.manual_seed(hash((args.seed, epoch, rank)))
+            sampler.set_epoch(epoch)  # another order
+            torch.manual_seed(hash((args.seed, epoch, rank)))  # so a resumed epoch is the same
             start = time.perf_counter()
             train_loss = train_one_epoch(
-                parallel, train_batches, criterion, optimizer, scheduler, args.bfloat16
+                replica, train_batches, criterion, optimizer, scheduler, args.bfloat16
             )
             seconds = time.perf_counter() - start
             validation = None
             if epoch % args.validate_every == 0 or epoch == args.epochs:
-                validation = evaluate_together(model, val_batches)
+                validation = evaluate_together(model, val_batches)  # `evaluate` of all processes
             run.record(train_loss, seconds, validation)
-
+        # 6. evaluation
         run.load_best()
         _, labels, predictions, confidences = evaluate_together(model, test_batches)
         print(*report(labels, predictions, data.classes), sep="\n", flush=True)
@@ -567,6 +567,8 @@ def loader_options(workers, device):
 def prepare_worker(worker):
     """Make a loader worker warn as the program does, and leave Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # a worker whose batch cannot be sent would go on, and the main process wait for the batch
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda error, batch: os._exit(1)
     warnings.showwarning = show_warning
 
 
@@ -623,7 +625,7 @@ def choose_defaults(args, data, device, world):
     if args.patience is None:  # so late the rate has fallen to a tenth of its peak
         args.patience = math.ceil(0.875 * args.epochs / args.validate_every)
     if args.workers is None:
-        files = count if isinstance(data.train, PicturesInFiles) else 0
+        files = 0 if isinstance(data.train, TensorDataset) else count
         args.workers = choose_workers(device, files)
     if args.batch_size % world or args.batch_size < 2 * world:
         hint = f"give a multiple of {world} from {2 * world} on"
@@ -772,20 +774,18 @@ class Run:
         self.history = []
         self.patient_since = 0
 
-    def start(self):
-        """Begin a new run."""
-        on_process_0(move_earlier_run_aside, self.output)
-        on_process_0(self.save)
-
-    def resume(self, saved, scheduler, steps):
-        """Go on where a saved run was, with the rate and the schedule of today's flags."""
-        if saved["classes"] != self.data.classes or saved["sizes"] != self.sizes:
-            stop(f"{self.data.name} has other classes or pictures than the run; start a new run")
-        self.history = saved["history"]
-        self.patient_since = saved["patient_since"]
-        load_state(self.model, saved["model"])
-        groups = self.optimizer.state_dict()["param_groups"]
-        load_state(self.optimizer, {**saved["optimizer"], "param_groups": groups})
+    def begin(self, saved, scheduler, steps):
+        """Begin, or go on where a saved run was, with the rate and schedule of today's flags."""
+        if saved is None:
+            on_process_0(move_earlier_run_aside, self.output)
+        else:
+            if saved["classes"] != self.data.classes or saved["sizes"] != self.sizes:
+                stop(f"{self.data.name} has other classes or pictures than the run; start anew")
+            self.history = saved["history"]
+            self.patient_since = saved["patient_since"]
+            load_state(self.model, saved["model"])
+            groups = self.optimizer.state_dict()["param_groups"]
+            load_state(self.optimizer, {**saved["optimizer"], "param_groups": groups})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a scheduler that steps without its optimizer
             for _ in range(len(self.history) * steps):
@@ -969,6 +969,12 @@ def join_processes():
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # process 0 alone prints
     return dist.get_rank(), dist.get_world_size()
+
+
+def choose_device(name):
+    """Return the device that computes."""
+    use_cuda = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if use_cuda else "cpu")
 
 
 def on_process_0(function, *args):
