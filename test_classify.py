@@ -746,6 +746,7 @@ def broken_metadata():
     yield "icc.png", head + chunk(b"iCCP", b"key\0\0" + b"no zlib") + tail
     yield "checksum.png", head + chunk(b"tEXt", b"key\0value", checksum=0) + tail
     yield "after.png", png[:-12] + chunk(b"tEXt", b"key\0value", checksum=0) + png[-12:]
+    yield "raw.png", head + chunk(b"tEXt", b"Raw profile type exif\0\nexif\n4\nzzzz\n") + tail
     yield "exif.png", head + chunk(b"eXIf", b"II*\0\xff\xff\xff\xff") + tail
 
 
@@ -843,6 +844,7 @@ def test_training_sees_shifted_and_mirrored_pictures_and_evaluation_sees_them_as
 
 
 def test_digits_are_not_mirrored_and_photos_are():
+    assert not classify.read_data("digits", 32, "out").mirror
     image = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
     image[:] = image[0]
     for mirror, kinds in ((False, 9), (True, 18)):
@@ -1172,7 +1174,8 @@ def history_of(checkpoint):
 def test_a_damaged_foreign_or_malicious_checkpoint_is_an_error(finished, folder, name):
     flags = {"best_model.pth": ["--predict", "photo.png"], "last.pth": ["--resume"]}
     picture().save("photo.png")
-    Path("out").mkdir()
+    shutil.copytree(finished.output, "out")
+    assert run("--output", "out", *flags[name]).code == 0
     for kind, content in spoilt(finished.output / name):
         Path("out", name).write_bytes(content)
         assert error(run("--output", "out", *flags[name])), kind
@@ -1445,6 +1448,13 @@ def test_two_processes_share_an_epoch_and_their_gradients(finished, folder):
     assert result.code == 0, result
     state = load("out/last.pth")[1]
     assert state["bn1.num_batches_tracked"] == 5  # 36 pictures, 4 + 4 in a step
+    losses = []
+    for label, name in enumerate(CLASSES):
+        images = as_input(map(Image.open, (finished.argv[1] / "val" / name).glob("*.png")))
+        with torch.no_grad():
+            logits = torchvision_model(state)(images)
+        losses += (logits.logsumexp(1) - logits[:, label]).tolist()
+    assert float(rows()[0]["val_loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
     alone = run("--resume", "--output", "out")
     assert " of 13)" in alone.out and report(alone.out) == report(result.out)
 
