@@ -73,26 +73,25 @@ class PicturesInFiles(Dataset):
 
 
 def make_transforms(size, mirror):
-    """Return what is done to the pictures in training, and what is done to all others."""
+    """Return what varies the pictures in training, and what makes any pictures the input."""
     resize = v2.Resize([size, size])  # pictures of this size already are left as they are
-    # for uint8 pictures; what needs normalised ones, as RandomErasing does, goes after to_input
     augment = [v2.RandomCrop(size, padding=max(1, size // 32), padding_mode="edge")]
     if mirror:
         augment.append(v2.RandomHorizontalFlip())
     # mean and deviation of the pictures that the ImageNet weights were trained with
     normalize = v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     to_input = [v2.ToDtype(torch.float32, scale=True), normalize]
-    return v2.Compose([resize, *augment, *to_input]), v2.Compose([resize, *to_input])
+    return v2.Compose([resize, *augment]), v2.Compose([resize, *to_input])
 
 
 class Batches:
     """The batches of a DataLoader, ready for the network: on its device and transformed."""
 
-    def __init__(self, loader, device, transform, training=False):
+    def __init__(self, loader, device, to_input, augment=None):
         self.loader = loader
         self.device = device
-        self.transform = transform
-        self.training = training
+        self.to_input = to_input
+        self.augment = augment  # in training
 
     def __len__(self):
         return len(self.loader)
@@ -100,14 +99,14 @@ class Batches:
     def __iter__(self):
         """Yield images, float B×3×S×S, and labels, int64 B."""
         for images, labels in show_progress(self.loader):
-            if self.training:
+            if self.augment:
                 images, labels = leave_out_undecodable(images, labels)
-                if len(labels) < 2:  # batch-norm needs two
+                if len(labels) == 0:
                     continue
             images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-            # a transform draws its random numbers once a call: the same for 16 pictures
-            images = torch.cat([self.transform(group) for group in images.split(16)])
-            yield images, labels.to(self.device, non_blocking=True)
+            if self.augment:  # it draws its random numbers once a call: the same for 16 pictures
+                images = torch.cat([self.augment(group) for group in images.split(16)])
+            yield self.to_input(images), labels.to(self.device, non_blocking=True)
 
 
 # ---- 2. model ------------------------------------------------------------------------------------
@@ -155,7 +154,7 @@ def train_one_epoch(model, batches, criterion, optimizer, scheduler, bfloat16=Fa
         scheduler.step()
         total_loss += loss.detach() * len(labels)
         count += len(labels)
-    return float(total_loss / count)
+    return float(total_loss / max(count, 1))
 
 
 # ---- 6. evaluation -------------------------------------------------------------------------------
@@ -204,10 +203,10 @@ def main(argv=None):
         train_loader = DataLoader(data.train, sampler=sampler, drop_last=drop_single, **options)
         val_loader = DataLoader(data.val, sampler=val_share, **options)
         test_loader = DataLoader(data.test, sampler=test_share, **options)
-        train_transform, test_transform = make_transforms(data.image_size, data.mirror)
-        train_batches = Batches(train_loader, device, train_transform, training=True)
-        val_batches = Batches(val_loader, device, test_transform)
-        test_batches = Batches(test_loader, device, test_transform)
+        augment, to_input = make_transforms(data.image_size, data.mirror)
+        train_batches = Batches(train_loader, device, to_input, augment)
+        val_batches = Batches(val_loader, device, to_input)
+        test_batches = Batches(test_loader, device, to_input)
         # 2. model
         torch.manual_seed(args.seed)
         weights = "none" if saved else args.weights  # a resumed run has weights of its own
@@ -223,8 +222,8 @@ def main(argv=None):
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
         # 5. training; the run knows the best epoch, saves it, and says when to stop
         print(describe(args, data, model, device, world), flush=True)
-        run = Run(args, data, model, optimizer)
-        run.begin(saved, scheduler, len(train_loader))
+        run = Run(args, data, model, optimizer, scheduler)
+        run.begin(saved, len(train_loader))
         for epoch in run.epochs():
             sampler.set_epoch(epoch)  # another order
             torch.manual_seed(hash((args.seed, epoch, rank)))  # so a resumed epoch is the same
@@ -504,8 +503,8 @@ def open_picture(path, size):
     if image.mode in ("I", "F", "LAB", "HSV"):
         raise OSError(f"the range of its values (mode {image.mode}) is not known")
     image = image.convert("RGB")
-    if orientation in range(2, 9):  # as EXIF numbers them
-        image = image.transpose(UPRIGHT[orientation])
+    if orientation in range(2, 9):  # as EXIF numbers them; some write a rational number
+        image = image.transpose(UPRIGHT[int(orientation)])
     return image
 
 
@@ -533,8 +532,10 @@ class Conv3x3(nn.Conv2d):
 def skip_taps_on_padding(model):
     """Make every 3×3 convolution of a model a `Conv3x3`, with the parameters that it has."""
     for layer in model.modules():
-        if type(layer) is nn.Conv2d and layer.kernel_size == (3, 3) and layer.padding == (1, 1):
-            layer.__class__ = Conv3x3
+        if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+            shape = layer.kernel_size, layer.padding, layer.dilation
+            if shape == ((3, 3), (1, 1), (1, 1)) and layer.stride in ((1, 1), (2, 2)):
+                layer.__class__ = Conv3x3
 
 
 def has_native_bfloat16(device):
@@ -553,7 +554,7 @@ def choose_workers(device, files):
     processors = len(affinity(0)) if affinity else os.cpu_count() or 1
     if dist.is_initialized():
         processors //= int(os.environ["LOCAL_WORLD_SIZE"])
-    return processors if device.type == "cuda" else processors // 2
+    return min(8, processors if device.type == "cuda" else processors // 2)
 
 
 def loader_options(workers, device):
@@ -567,6 +568,7 @@ def loader_options(workers, device):
 def prepare_worker(worker):
     """Make a loader worker warn as the program does, and leave Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", module="PIL")
     # a worker whose batch cannot be sent would go on, and the main process wait for the batch
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda error, batch: os._exit(1)
     warnings.showwarning = show_warning
@@ -574,12 +576,12 @@ def prepare_worker(worker):
 
 def leave_out_undecodable(images, labels):
     """Return the images and labels of a batch without those that could not be decoded."""
-    decoded = labels != UNDECODABLE
-    if dist.is_initialized() and decoded.sum() < 2:  # the other processes would wait for ever
-        stop("too few pictures of a batch can be decoded; give a larger --batch-size")
-    if decoded.all():
-        return images, labels
-    return images[decoded], labels[decoded]
+    good = torch.nonzero(labels != UNDECODABLE).flatten()
+    if dist.is_initialized() and len(good) == 0:  # the other processes would wait for ever
+        stop("no picture of a batch can be decoded; give a larger --batch-size")
+    if len(good) == 1:
+        good = good.repeat(2)  # batch-norm cannot train on one picture
+    return (images, labels) if len(good) == len(labels) else (images[good], labels[good])
 
 
 # ---- what is left unsaid -------------------------------------------------------------------------
@@ -754,7 +756,7 @@ LOG = {"epoch": int, "train_loss": float, "val_loss": OPTIONAL, "val_accuracy": 
 LOG |= {"learning_rate": float, "images_per_second": float, "seconds": float}
 BEST = {"model": dict, "classes": list, "image_size": int, "epoch": int, "val_accuracy": float}
 LAST = {"model": dict, "optimizer": dict, "history": list, "flags": list, "classes": list}
-LAST |= {"sizes": list, "patient_since": int}
+LAST |= {"sizes": list, "patient_since": int, "steps": list}
 
 
 class Run:
@@ -764,18 +766,21 @@ class Run:
     patient_since: the epoch from which --patience counts, where a finished run was prolonged
     """
 
-    def __init__(self, args, data, model, optimizer):
+    def __init__(self, args, data, model, optimizer, scheduler):
         self.args = args
         self.data = data
         self.model = model
         self.optimizer = optimizer
+        self.scheduler = scheduler
         self.output = Path(args.output)
         self.sizes = [len(data.train), len(data.val), len(data.test)]
         self.history = []
         self.patient_since = 0
 
-    def begin(self, saved, scheduler, steps):
+    def begin(self, saved, steps):
         """Begin, or go on where a saved run was, with the rate and schedule of today's flags."""
+        self.steps = steps  # in an epoch
+        done = 0
         if saved is None:
             on_process_0(move_earlier_run_aside, self.output)
         else:
@@ -786,10 +791,13 @@ class Run:
             load_state(self.model, saved["model"])
             groups = self.optimizer.state_dict()["param_groups"]
             load_state(self.optimizer, {**saved["optimizer"], "param_groups": groups})
+            done = len(self.history) * steps
+            if saved["steps"][0] == steps:  # the plan is the same: a few may have been left out
+                done = saved["steps"][1]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a scheduler that steps without its optimizer
-            for _ in range(len(self.history) * steps):
-                scheduler.step()
+            for _ in range(done):
+                self.scheduler.step()
         on_process_0(self.save)
 
     def best(self):
@@ -829,6 +837,8 @@ class Run:
         if validation:
             row["val_loss"], labels, predictions, _ = validation
             right = (labels == predictions)[labels != UNDECODABLE]
+            if len(right) == 0:
+                stop("no validation picture can be decoded; give others")
             row["val_accuracy"] = right.double().mean().item()
             line += f"  val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.2%}"
         row["seconds"] = time.perf_counter() - self.epoch_start
@@ -855,6 +865,7 @@ class Run:
         kept = {"model": self.model.state_dict(), "classes": self.data.classes}
         last = {**kept, "optimizer": self.optimizer.state_dict(), "history": self.history}
         last |= {"flags": self.args.flags, "sizes": self.sizes, "patient_since": self.patient_since}
+        last |= {"steps": [self.steps, self.scheduler.last_epoch]}
         write(self.output / "last.pth", to_bytes(last))
         if row and row is self.best():
             best = {**kept, "image_size": self.data.image_size}
@@ -866,6 +877,8 @@ class Run:
         path = self.output / "best_model.pth"
         best = on_process_0(load_checkpoint, path, BEST)
         row = self.best()
+        if row is None:
+            stop("no epoch was validated; go on with --resume and more --epochs")
         if (best["epoch"], best["val_accuracy"]) != (row["epoch"], row["val_accuracy"]):
             stop(f"{path} is of another run; start a new one")
         load_state(self.model, best["model"])
@@ -935,6 +948,7 @@ def load_run(output):
     rows = saved["history"]
     whole = all(isinstance(row, dict) and list(row) == list(LOG) for row in rows)
     whole = whole and all(isinstance(row[key], LOG[key]) for row in rows for key in LOG)
+    whole = whole and [type(number) for number in saved["steps"]] == [int, int]
     if not whole or not all(isinstance(flag, str) for flag in saved["flags"]):
         stop(f"cannot use {path}, damaged in its history or flags; start a new run")
     return saved
@@ -1088,7 +1102,7 @@ def endings_in_one_line():
 
 
 NETWORK_TIMEOUT = 15  # seconds that an address of a server may stay silent
-NO_MEMORY = "can't allocate memory"  # what torch says of the host's; for a card's it has a class
+NO_MEMORY = "DefaultCPUAllocator"  # what torch says of the host's; for a card's it has a class
 WORKER_DIED = ("DataLoader worker (pid", "DataLoader timed out")
 
 

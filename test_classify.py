@@ -857,8 +857,8 @@ def test_an_augmentation_is_drawn_anew_for_groups_of_pictures():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8).repeat(128, 1, 1, 1)
     loader = DataLoader(TensorDataset(images, torch.zeros(128, dtype=torch.int64)), 128)
-    transform, _ = classify.make_transforms(32, mirror=True)
-    batches = classify.Batches(loader, torch.device("cpu"), transform, training=True)
+    augment, to_input = classify.make_transforms(32, mirror=True)
+    batches = classify.Batches(loader, torch.device("cpu"), to_input, augment)
     [(made, _)] = batches
     assert len(batches) == 1
     assert 3 <= len({image.numpy().tobytes() for image in made}) <= 8
@@ -1355,6 +1355,19 @@ def test_killed_at_any_moment_a_run_with_workers_ends_in_the_same_bits(early, fo
     result = kill_and_resume(*flags, moments=MOMENTS[1:])
     assert numbers() == numbers(early.output) and same_weights("out", early.output)
     assert result.code == 0 and report(result.out) == report(early.out)
+
+
+@linux
+def test_killed_a_run_with_undecodable_pictures_goes_on_at_the_same_rates(folder):
+    for name in "ab":
+        paint(f"pictures/train/{name}", 2)
+        paint(f"pictures/val/{name}", 1)
+        for number in range(4):
+            Path(f"pictures/train/{name}/bad{number}.png").write_bytes(b"no picture")
+    flags = [*SMALL, "--data", "pictures", "--batch-size", 2, "--epochs", 4]
+    assert run(*flags, "--output", "whole").code == 0
+    kill_and_resume(*flags, moments=[lambda: len(rows()) >= 2])
+    assert numbers() == numbers("whole") and same_weights("out", "whole")
 
 
 def test_a_move_of_an_earlier_run_that_was_killed_goes_on_and_loses_nothing(copy, monkeypatch):
