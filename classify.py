@@ -581,7 +581,7 @@ def leave_out_undecodable(images, labels):
         stop("no picture of a batch can be decoded; give a larger --batch-size")
     if len(good) == 1:
         good = good.repeat(2)  # batch-norm cannot train on one picture
-    return (images, labels) if len(good) == len(labels) else (images[good], labels[good])
+    return images[good], labels[good]
 
 
 # ---- what is left unsaid -------------------------------------------------------------------------
@@ -623,7 +623,9 @@ def choose_defaults(args, data, device, world):
     if args.batch_size is None:  # some twenty steps an epoch or more, of no fewer than 8 pictures
         args.batch_size = max(2, min(128, max(8, count // 20)) // world) * world
     if args.lr is None:
-        args.lr = 0.01 if args.freeze else 0.001 if args.weights == "imagenet" else 0.003
+        args.lr = 0.001 if args.weights == "imagenet" else 0.003
+        if args.freeze:
+            args.lr = 0.01
     if args.patience is None:  # so late the rate has fallen to a tenth of its peak
         args.patience = math.ceil(0.875 * args.epochs / args.validate_every)
     if args.workers is None:
