@@ -14,60 +14,62 @@ import atexit
 import contextlib
 import csv
 import datetime
+import hashlib
 import io
 import math
 import multiprocessing.queues
 import os
-import pickle
-import shutil
 import signal
 import socket
-import struct
 import sys
 import time
 import unicodedata
 import warnings
-import zlib
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFile, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps
 from torch import distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
-from torchvision import datasets, models, utils
+from torchvision import datasets, models
 from torchvision.transforms import v2
 
 # ---- 1. data -------------------------------------------------------------------------------------
 
 
-class PicturesInFiles(Dataset):
-    """Picture files, decoded when they are asked for, and their labels (N whole numbers)."""
+UNDECODABLE = -100  # a label that cross entropy ignores
 
-    def __init__(self, paths, labels, size):
+
+class PicturesInFiles(Dataset):
+    """Picture files, decoded when they are asked for, and their labels (N whole numbers).
+
+    A file that cannot be decoded is named in a warning. With `replace`, as in training, another one
+    takes its place. Without, it becomes an empty picture with the label UNDECODABLE.
+    """
+
+    def __init__(self, paths, labels, size, replace=False):
         # one array of bytes: of a list of names each loader worker would come to have a copy
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
         self.size = size
+        self.replace = replace
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        """Return a picture, uint8 3×S×S, and its label.
-
-        A file that cannot be decoded is named in a warning. It becomes an empty picture with the
-        label -100, which cross entropy ignores.
-        """
+        """Return a picture, uint8 3×S×S, and its label."""
         path = os.fsdecode(self.paths[index])
         try:
             image = open_picture(path, self.size)
         except OSError as error:
             warnings.warn(f"{path} is left out: {error}", stacklevel=1)
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -100
+            if self.replace:  # by one far away, for neighbours are often damaged together
+                return self[(index + 2**31 - 1) % len(self)]  # a prime: all may have their turn
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), UNDECODABLE
         image = ImageOps.fit(image, (self.size, self.size))
         return v2.functional.pil_to_tensor(image), int(self.labels[index])
 
@@ -93,16 +95,9 @@ class Batches:
         self.to_input = to_input
         self.augment = augment  # in training
 
-    def __len__(self):
-        return len(self.loader)
-
     def __iter__(self):
         """Yield images, float B×3×S×S, and labels, int64 B."""
         for images, labels in show_progress(self.loader):
-            if self.augment:
-                images, labels = leave_out_undecodable(images, labels)
-                if len(labels) == 0:
-                    continue
             images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
             if self.augment:  # it draws its random numbers once a call: the same for 16 pictures
                 images = torch.cat([self.augment(group) for group in images.split(16)])
@@ -164,7 +159,7 @@ def train_one_epoch(model, batches, criterion, optimizer, scheduler, bfloat16=Fa
 def evaluate(model, batches):
     """Return mean cross entropy, labels, predictions and confidences (each N) over batches.
 
-    A picture that could not be decoded keeps its label of -100, and is not part of the loss.
+    A label of -100 stays as it is: such a picture could not be decoded, and is not in the loss.
     """
     model.eval()
     logits = []
@@ -172,8 +167,8 @@ def evaluate(model, batches):
     for images, targets in batches:
         logits.append(model(images))
         labels.append(targets)
-    logits = torch.cat(logits)
-    labels = torch.cat(labels)
+    logits = torch.cat(logits).cpu()
+    labels = torch.cat(labels).cpu()
     loss = nn.functional.cross_entropy(logits, labels).item()
     confidences, predictions = logits.softmax(dim=1).max(dim=1)
     return loss, labels, predictions, confidences
@@ -185,10 +180,11 @@ def evaluate(model, batches):
 def main(argv=None):
     """Run the program with these flags, or those typed; return 0 or raise SystemExit."""
     with endings_in_one_line():
-        # alone, this is process 0 of 1: what `on_process_0` calls is simply called
+        # unless torchrun starts several, this is process 0 of 1, and `on_process_0` simply calls
         rank, world = join_processes()
         args, saved = on_process_0(parse_args, argv)  # saved: the run to go on with, or None
-        device = choose_device(args.device)
+        use_cuda = torch.cuda.is_available() and args.device != "cpu"
+        device = torch.device("cuda" if use_cuda else "cpu")
         if args.predict:
             return on_process_0(predict, args, device)
         # 1. data
@@ -198,11 +194,9 @@ def main(argv=None):
         sampler = DistributedSampler(data.train, world, rank, shuffle=True, seed=args.seed)
         drop_single = len(sampler) % batch_size == 1  # batch-norm cannot train on one picture
         options = {"batch_size": batch_size, **loader_options(args.workers, device)}
-        val_share = np.array_split(np.arange(len(data.val)), world)[rank]
-        test_share = np.array_split(np.arange(len(data.test)), world)[rank]
         train_loader = DataLoader(data.train, sampler=sampler, drop_last=drop_single, **options)
-        val_loader = DataLoader(data.val, sampler=val_share, **options)
-        test_loader = DataLoader(data.test, sampler=test_share, **options)
+        val_loader = DataLoader(data.val, **options)
+        test_loader = DataLoader(data.test, **options)
         augment, to_input = make_transforms(data.image_size, data.mirror)
         train_batches = Batches(train_loader, device, to_input, augment)
         val_batches = Batches(val_loader, device, to_input)
@@ -234,11 +228,11 @@ def main(argv=None):
             seconds = time.perf_counter() - start
             validation = None
             if epoch % args.validate_every == 0 or epoch == args.epochs:
-                validation = evaluate_together(model, val_batches)  # `evaluate` of all processes
+                validation = on_process_0(evaluate, model, val_batches)
             run.record(train_loss, seconds, validation)
         # 6. evaluation
-        run.load_best()
-        _, labels, predictions, confidences = evaluate_together(model, test_batches)
+        on_process_0(run.load_best)
+        _, labels, predictions, confidences = on_process_0(evaluate, model, test_batches)
         print(*report(labels, predictions, data.classes), sep="\n", flush=True)
         on_process_0(draw_mistakes, data, labels, predictions, confidences, args.output)
         return 0
@@ -251,7 +245,7 @@ def main(argv=None):
 class Data(NamedTuple):
     """What is learnt from: three data sets that share no picture, and what is known of them."""
 
-    name: str
+    name: str  # of the set, or of its folder
     train: Dataset
     val: Dataset
     test: Dataset
@@ -278,15 +272,17 @@ def read_data(name, size, output):
         pictures, labels, parts, classes = read_cifar(name)
     else:
         pictures, labels, parts, classes = read_folder(name, output)
+    parts = split_off_missing(np.array(labels), np.array(parts), classes, name)
     size = size or (32 if in_memory else 224)
-    labels = np.array(labels)
-    parts = split_off_missing(labels, np.array(parts), classes, name)
     if in_memory:
         images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-        labels = torch.from_numpy(labels)
+        labels = torch.tensor(labels)
         train, val, test = (TensorDataset(images[part], labels[part]) for part in parts)
     else:
+        name = os.path.abspath(name)  # so a resumed run finds it
+        labels = np.array(labels)
         train, val, test = (PicturesInFiles(pictures[part], labels[part], size) for part in parts)
+        train.replace = True
     return Data(name, train, val, test, classes, size, mirror=name != "digits")
 
 
@@ -297,7 +293,7 @@ def read_cifar(name):
     try:
         train = dataset(folder, train=True, download=True)
         test = dataset(folder, train=False, download=True)
-    except LIBRARY_ERRORS as error:
+    except Exception as error:
         stop(f"{name} is not in {folder} and cannot be fetched ({reason(error)}); try later")
     pixels = np.concatenate([train.data, test.data])
     parts = ["train"] * len(train) + ["test"] * len(test)
@@ -330,12 +326,15 @@ def split_off_missing(labels, parts, classes, source):
     """
     rng = np.random.default_rng(0)
     missing = [part for part in ("val", "test") if part not in parts]
-    for label, name in enumerate(classes):
-        own = rng.permutation(np.flatnonzero((parts == "train") & (labels == label)))
+    train = np.flatnonzero(parts == "train")
+    train = train[np.argsort(labels[train], kind="stable")]  # class by class
+    ends = np.cumsum(np.bincount(labels[train], minlength=len(classes)))
+    for name, own in zip(classes, np.split(train, ends[:-1])):
         tenth = max(1, round(len(own) / 10))
         if len(own) <= tenth * len(missing):
             need = len(missing) + 1
             stop(f"{source}: class {name} has {len(own)} pictures to split; give it {need} or more")
+        own = rng.permutation(own)
         for number, part in enumerate(missing):
             parts[own[number * tenth : (number + 1) * tenth]] = part
     return [np.flatnonzero(parts == part) for part in ("train", "val", "test")]
@@ -345,110 +344,90 @@ def split_off_missing(labels, parts, classes, source):
 
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 PARTS |= {"val": "val", "valid": "val", "validation": "val"}
+HIDDEN = (".", "__MACOSX")
 LAYOUTS = "a data set is DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg with val and test beside train"
 
 
 def read_folder(root, output):
     """Return paths, labels, parts and classes of DIR/CLASS/** or DIR/train|val|test/CLASS/**."""
-    groups, left_out = group_files(root, output)
-    classes = sorted({name for _, name in groups})
+    ours = [os.path.realpath(output), os.path.realpath(os.path.join(output, "previous"))]
+    parts = {part: list_folders(path, ours) for part, path in find_parts(root, ours).items()}
+    classes = sorted(set().union(*parts.values()))
     if len(classes) < 2:
         stop(f"{root} needs two or more classes and has {classes}; {LAYOUTS}")
-    paths = []
-    labels = []
-    parts = []
-    for part in {part: None for part, _ in groups}:
-        for label, name in enumerate(classes):
-            if (part, name) not in groups:
+    seen = {*ours, os.path.realpath(root)}
+    for part, folders in parts.items():
+        for name in classes:
+            if name not in folders:
                 stop(f"{root}: {part} has no folder {name}, as another part has; {LAYOUTS}")
-            files = groups[part, name]
+            real = os.path.realpath(folders[name])
+            if real in seen:
+                stop(f"{folders[name]} is a link to {real}, which is used already; remove one")
+            seen.add(real)
+    found = []
+    left_out = []
+    for part, folders in parts.items():
+        for label, name in enumerate(classes):
+            files = list_files(folders[name], seen)
             pictures = [path for path in files if is_picture(path)]
-            left_out += sorted(set(files).difference(pictures))
             check_some(pictures, files, f"class {name} of {root} ({part})")
-            paths += pictures
-            labels += [label] * len(pictures)
-            parts += [part] * len(pictures)
+            found += [(path, label, part) for path in pictures]
+            left_out += [path for path in files if not is_picture(path)]
+    left_out += list_files(root, seen)
     if left_out:
         names = ", ".join(left_out[:20]) + ", ..." * (len(left_out) > 20)
         why = "in no folder of a class (see --predict), or of no kind that Pillow knows"
         warnings.warn(f"{len(left_out)} files are left out, {why}: {names}", stacklevel=1)
+    paths, labels, parts = zip(*found)
     return np.array([os.fsencode(path) for path in paths]), labels, parts, classes
 
 
-def group_files(root, output):
-    """Return the files in each (part, class) of a folder, and the files that are in none."""
-    entries = list(walk(root, output))
-    divided = is_divided(root, entries)
-    groups = {}
-    left_out = []
-    for *folders, name in entries:
-        path = os.path.join(root, *folders, name)
-        if not divided:
-            folders = ["train", *folders]
-        part = PARTS.get(folders[0].lower()) if folders else None
-        if part and len(folders) > 1:
-            # compared as one sees it: macOS writes an accent as a letter of its own
-            key = (part, unicodedata.normalize("NFC", folders[1]))
-            files = groups.setdefault(key, [])
-            if name:
-                files.append(path)
-        elif name:
-            left_out.append(path)
-    return groups, left_out
-
-
-def is_divided(root, entries):
-    """Return whether a folder has train, and perhaps val and test, rather than classes itself."""
-    inside = {}  # the folders in the root, and the folders in each of them
-    with_pictures = set()
-    for *folders, name in entries:
-        if folders:
-            inside.setdefault(folders[0], set()).update(folders[1:2])
-            if is_picture(name):
-                with_pictures.add(folders[0])
-    named = [name for name in inside if name.lower() in PARTS]
+def find_parts(root, ours):
+    """Return the folder of each part; if there is no division, all is there to train on."""
+    folders = list_folders(root, ours)
+    named = [name for name in folders if name.lower() in PARTS]
     parts = [PARTS[name.lower()] for name in named]
-    others = [name for name in inside if name.lower() not in PARTS and name in with_pictures]
+    flat = [name for name in named if not list_folders(folders[name], ours)]
+    others = [name for name in folders if name not in named]
+    if not named or (others and parts == ["train"] and flat):
+        return {"train": root}  # a class may be called train
+    odd = [name for name in others if any(map(is_picture, list_files(folders[name], {*ours})))]
     # a test folder without classes is left out, for it cannot tell the accuracy
-    flat = [name for name in named if not inside[name] and PARTS[name.lower()] != "test"]
-    if not parts or (others and parts == ["train"] and flat):
-        return False  # a class may be called train
-    if others or flat or "train" not in parts or len(parts) > len(set(parts)):
-        odd = ", ".join(others + flat if "train" in parts and others + flat else named)
-        stop(f"{root}: it is not clear what {odd} means beside {', '.join(inside)}; {LAYOUTS}")
-    return True
+    odd += [name for name in flat if PARTS[name.lower()] != "test"]
+    if odd or "train" not in parts or len(parts) > len(set(parts)):
+        names = ", ".join(odd or named)
+        stop(f"{root}: it is not clear what {names} means beside {', '.join(folders)}; {LAYOUTS}")
+    return {PARTS[name.lower()]: folders[name] for name in named if name not in flat}
+
+
+def list_folders(folder, ours):
+    """Return the visible folders in a folder, path by name, but those that are the program's."""
+    names = next(os.walk(folder, onerror=stop))[1]
+    paths = [os.path.join(folder, name) for name in names if not name.startswith(HIDDEN)]
+    paths = [path for path in paths if os.path.realpath(path) not in ours]
+    # names as one sees them: macOS writes an accent as a letter of its own
+    return {unicodedata.normalize("NFC", os.path.basename(path)): path for path in sorted(paths)}
+
+
+def list_files(folder, seen):
+    """Return the visible files below a folder, but for folders in `seen`, which grows.
+
+    It holds real paths, for a link may lead round in a circle, or to a folder of another class.
+    """
+    found = []
+    for path, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(path, name))
+            if real in seen or name.startswith(HIDDEN):
+                folders.remove(name)
+            seen.add(real)
+        found += [os.path.join(path, name) for name in files if not name.startswith(HIDDEN)]
+    return sorted(found)
 
 
 def is_picture(path):
     """Return whether a file has an ending that Pillow knows."""
     return os.path.splitext(path)[1].lower() in Image.registered_extensions()
-
-
-def walk(root, output):
-    """Yield the names that lead to each visible file below a folder; a folder's end in ""."""
-    ours = {os.path.realpath(output), os.path.realpath(os.path.join(output, "previous"))}
-    ours.discard(os.path.realpath(root))
-    seen = set()
-    for path, folders, files in os.walk(root, onerror=refuse_folder, followlinks=True):
-        real = os.path.realpath(path)
-        names = Path(path).relative_to(root).parts
-        if real in ours:
-            folders.clear()
-            continue
-        yield [*names, ""]
-        if real in seen:  # a link that leads round in a circle, or to another part
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield [*names, name]
-
-
-def refuse_folder(error):
-    """End the program for a folder that cannot be listed."""
-    stop(f"cannot read the folder {error.filename} ({reason(error)})")
 
 
 def check_some(pictures, files, what):
@@ -465,14 +444,8 @@ def check_some(pictures, files, what):
 
 # ---- picture files -------------------------------------------------------------------------------
 
-UNDECODABLE = -100  # a label that cross entropy ignores unless it is told otherwise
-# what the libraries raise for files and servers that are not what they seem
-LIBRARY_ERRORS = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError)
-LIBRARY_ERRORS += (SyntaxError, TypeError, ValueError, struct.error, zlib.error)
-LIBRARY_ERRORS += (Image.DecompressionBombError, HTTPException, pickle.UnpicklingError)
-UPRIGHT = [None, None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180]
-UPRIGHT += [Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE]
-UPRIGHT += [Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90]
+# oddities in files that Pillow reads well; said here, so that loader workers keep to it, too
+warnings.filterwarnings("ignore", module="PIL")
 
 
 def open_picture(path, size):
@@ -490,22 +463,21 @@ def open_picture(path, size):
             ImageFile.LOAD_TRUNCATED_IMAGES = False  # damaged pixels are not
             image.draft("RGB", (size, size))  # lets the JPEG reader skip detail that is not needed
             image.load()
-        except LIBRARY_ERRORS as error:
+        except Exception as error:  # of a damaged file Pillow raises nearly anything
             raise OSError(reason(error)) from error
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = False
-        try:
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
-        except LIBRARY_ERRORS:
-            orientation = None
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    if image.mode in ("I", "F", "LAB", "HSV"):
+        with contextlib.suppress(Exception):  # of damaged metadata, too
+            ImageOps.exif_transpose(image, in_place=True)
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 is bits, 262 whether 0 is white or black
+    if deep and tags.get(258, (16,)) == (16,) and tags.get(262, 1) == 1:
+        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
+    if deep or image.mode in ("I", "F", "LAB", "HSV"):
         raise OSError(f"the range of its values (mode {image.mode}) is not known")
-    image = image.convert("RGB")
-    if orientation in range(2, 9):  # as EXIF numbers them; some write a rational number
-        image = image.transpose(UPRIGHT[int(orientation)])
-    return image
+    if image.mode == "La":  # grey, multiplied by its transparency
+        image = image.convert("LA")
+    return image.convert("RGB")
 
 
 # ---- speed ---------------------------------------------------------------------------------------
@@ -568,20 +540,9 @@ def loader_options(workers, device):
 def prepare_worker(worker):
     """Make a loader worker warn as the program does, and leave Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.filterwarnings("ignore", module="PIL")
+    warnings.showwarning = show_warning
     # a worker whose batch cannot be sent would go on, and the main process wait for the batch
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda error, batch: os._exit(1)
-    warnings.showwarning = show_warning
-
-
-def leave_out_undecodable(images, labels):
-    """Return the images and labels of a batch without those that could not be decoded."""
-    good = torch.nonzero(labels != UNDECODABLE).flatten()
-    if dist.is_initialized() and len(good) == 0:  # the other processes would wait for ever
-        stop("no picture of a batch can be decoded; give a larger --batch-size")
-    if len(good) == 1:
-        good = good.repeat(2)  # batch-norm cannot train on one picture
-    return images[good], labels[good]
 
 
 # ---- what is left unsaid -------------------------------------------------------------------------
@@ -592,7 +553,7 @@ def fetch_weights(weights):
     try:
         bar = sys.stderr is not None and sys.stderr.isatty()
         return weights.get_state_dict(progress=bar, check_hash=True, weights_only=True)
-    except LIBRARY_ERRORS as error:
+    except Exception as error:
         hint = "try later, or give --weights none"
         stop(f"the ImageNet weights cannot be had ({reason(error)}); {hint}")
 
@@ -613,10 +574,8 @@ def choose_weights(weights, freeze):
 
 def choose_defaults(args, data, device, world):
     """Return the flags with those left unsaid chosen: the place to change a default."""
-    args = argparse.Namespace(**vars(args))
-    args.weights = choose_weights(args.weights, args.freeze)
-    name = os.path.abspath(data.name) if isinstance(data.train, PicturesInFiles) else data.name
-    args.flags += [f"--data={name}", f"--weights={args.weights}"]
+    args.flags["data"] = data.name
+    args.flags["weights"] = args.weights = choose_weights(args.weights, args.freeze)
     args.image_size = data.image_size
     args.bfloat16 = has_native_bfloat16(device)
     count = len(data.train)
@@ -634,8 +593,6 @@ def choose_defaults(args, data, device, world):
     if args.batch_size % world or args.batch_size < 2 * world:
         hint = f"give a multiple of {world} from {2 * world} on"
         stop(f"{world} processes cannot share --batch-size {args.batch_size} evenly; {hint}")
-    if count < 2 * world or min(len(data.val), len(data.test)) < world:
-        stop(f"{data.name} has too few pictures for {world} processes; start fewer")
     return args
 
 
@@ -695,19 +652,19 @@ def draw_mistakes(data, labels, predictions, confidences, output):
         print("no mistakes, so no picture of them", flush=True)
         return
     font = ImageFont.load_default(13)
-    tiles = []
-    for index in surest:
+    sheet = Image.new("RGB", (8 * 200, math.ceil(len(surest) / 8) * 240))
+    for number, index in enumerate(surest):
+        x = number % 8 * 200
+        y = number // 8 * 240
+        picture = v2.functional.to_pil_image(data.test[index][0])
+        sheet.paste(picture.resize((192, 192)), (x, y))
         true = printable(data.classes[labels[index]])
         predicted = printable(data.classes[predictions[index]])
-        tile = v2.functional.to_pil_image(data.test[index][0])
-        tile = ImageOps.scale(tile, max(1, 192 // tile.width), Image.Resampling.NEAREST)
-        tile = tile.crop((0, 0, max(tile.width, 192), tile.height + 40))  # the rest is black
         text = f"{true:.24}\n-> {predicted:.18} {confidences[index]:.0%}"
-        ImageDraw.Draw(tile).text((2, tile.height - 38), text, "white", font)
-        tiles.append(v2.functional.pil_to_tensor(tile))
-    sheet = io.BytesIO()
-    v2.functional.to_pil_image(utils.make_grid(tiles, padding=4)).save(sheet, "png")
-    write(path, sheet.getvalue())
+        ImageDraw.Draw(sheet).text((x, y + 194), text, "white", font)
+    file = io.BytesIO()
+    sheet.save(file, "png")
+    write(path, file.getvalue())
     print(f"the surest mistakes are drawn in {printable(path)}", flush=True)
 
 
@@ -720,45 +677,34 @@ def predict(args, device):
 
     Returns 0; ends the program with 1 if there are files that cannot be decoded.
     """
-    best = load_checkpoint(Path(args.output, "best_model.pth"), BEST)
-    model = build_model(len(best["classes"]), "none")
-    load_state(model, best["model"])
+    best = load_checkpoint(Path(args.output, "best_model.pth"))
+    classes = best["classes"]
+    model = build_model(len(classes), "none")
+    model.load_state_dict(best["model"])
     model.to(device).eval()
     paths = []
     for path in args.predict:
-        if os.path.isdir(path):
-            paths += [os.path.join(path, *names) for names in walk(path, args.output) if names[-1]]
-        else:
-            paths.append(path)
+        paths += list_files(path, set()) if os.path.isdir(path) else [path]
     workers = choose_workers(device, len(paths)) if args.workers is None else args.workers
-    pictures = PicturesInFiles(paths, [0] * len(paths), best["image_size"])
-    _, transform = make_transforms(best["image_size"], mirror=False)
-    remaining = iter(paths)
-    unreadable = 0
-    for images, labels in DataLoader(pictures, 64, **loader_options(workers, device)):
-        shares = model(transform(images.to(device))).softmax(dim=1)
-        shares, guesses = shares.topk(min(3, len(best["classes"])))
-        for label, path, *likely in zip(labels, remaining, shares.tolist(), guesses.tolist()):
-            if label == UNDECODABLE:
-                unreadable += 1
-                continue
-            likely = [f"{best['classes'][guess]} {share:.1%}" for share, guess in zip(*likely)]
-            print(printable("  ".join([path, *likely])), flush=True)
-    if unreadable or not paths:
-        stop(f"{unreadable} of {len(paths)} files are no pictures; name others")
+    pictures = PicturesInFiles(paths, range(len(paths)), best["image_size"])  # label: which path
+    _, to_input = make_transforms(best["image_size"], mirror=False)
+    shown = 0
+    for images, numbers in DataLoader(pictures, 64, **loader_options(workers, device)):
+        shares = model(to_input(images.to(device))).softmax(dim=1)
+        shares, guesses = shares.topk(min(3, len(classes)))
+        for number, *likely in zip(numbers.tolist(), shares.tolist(), guesses.tolist()):
+            if number != UNDECODABLE:
+                texts = [f"{classes[guess]} {share:.1%}" for share, guess in zip(*likely)]
+                print(printable("  ".join([paths[number], *texts])), flush=True)
+                shown += 1
+    if shown < len(paths) or not paths:
+        stop(f"{len(paths) - shown} of {len(paths)} files are no pictures; name others")
     return 0
 
 
 # ---- saving and resuming -------------------------------------------------------------------------
 
 RUN_FILES = ["last.pth", "best_model.pth", "log.csv", "mistakes.png"]
-OPTIONAL = (float, type(None))
-# what a row of the history is, and what the checkpoints are; "model" is a state_dict
-LOG = {"epoch": int, "train_loss": float, "val_loss": OPTIONAL, "val_accuracy": OPTIONAL}
-LOG |= {"learning_rate": float, "images_per_second": float, "seconds": float}
-BEST = {"model": dict, "classes": list, "image_size": int, "epoch": int, "val_accuracy": float}
-LAST = {"model": dict, "optimizer": dict, "history": list, "flags": list, "classes": list}
-LAST |= {"sizes": list, "patient_since": int, "steps": list}
 
 
 class Run:
@@ -780,9 +726,10 @@ class Run:
         self.patient_since = 0
 
     def begin(self, saved, steps):
-        """Begin, or go on where a saved run was, with the rate and schedule of today's flags."""
-        self.steps = steps  # in an epoch
-        done = 0
+        """Begin, or go on where a saved run was, with the rate and schedule of today's flags.
+
+        steps: in an epoch
+        """
         if saved is None:
             on_process_0(move_earlier_run_aside, self.output)
         else:
@@ -790,15 +737,12 @@ class Run:
                 stop(f"{self.data.name} has other classes or pictures than the run; start anew")
             self.history = saved["history"]
             self.patient_since = saved["patient_since"]
-            load_state(self.model, saved["model"])
+            self.model.load_state_dict(saved["model"])
             groups = self.optimizer.state_dict()["param_groups"]
-            load_state(self.optimizer, {**saved["optimizer"], "param_groups": groups})
-            done = len(self.history) * steps
-            if saved["steps"][0] == steps:  # the plan is the same: a few may have been left out
-                done = saved["steps"][1]
+            self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a scheduler that steps without its optimizer
-            for _ in range(done):
+            for _ in range(len(self.history) * steps):
                 self.scheduler.step()
         on_process_0(self.save)
 
@@ -829,10 +773,8 @@ class Run:
             losses = [None] * dist.get_world_size()
             dist.all_gather_object(losses, train_loss)
             train_loss = sum(losses) / len(losses)
-        row = dict.fromkeys(LOG)
-        row["epoch"] = len(self.history) + 1
-        row["train_loss"] = train_loss
-        row["learning_rate"] = self.rate
+        row = {"epoch": len(self.history) + 1, "train_loss": train_loss}
+        row |= {"val_loss": None, "val_accuracy": None, "learning_rate": self.rate}
         row["images_per_second"] = len(self.data.train) / seconds
         line = f"epoch {row['epoch']:{len(str(self.args.epochs))}}/{self.args.epochs}"
         line += f"  train loss {train_loss:.4f}"
@@ -854,36 +796,36 @@ class Run:
 
         In this order: a run that is killed in between writes its best model when it is resumed.
         """
-        row = self.history[-1] if self.history else None
-        if row:
+        if self.history:
+            row = self.history[-1]
             if not math.isfinite(row["train_loss"] + (row["val_loss"] or 0)):
                 hint = f"go on from the epoch before with --resume and a --lr below {self.args.lr}"
                 stop(f"the loss is no longer a number; {hint}")
             table = io.StringIO()
-            writer = csv.DictWriter(table, LOG, lineterminator="\n")
+            writer = csv.DictWriter(table, row, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.history)
             write(self.output / "log.csv", table.getvalue().encode())
         kept = {"model": self.model.state_dict(), "classes": self.data.classes}
         last = {**kept, "optimizer": self.optimizer.state_dict(), "history": self.history}
         last |= {"flags": self.args.flags, "sizes": self.sizes, "patient_since": self.patient_since}
-        last |= {"steps": [self.steps, self.scheduler.last_epoch]}
-        write(self.output / "last.pth", to_bytes(last))
-        if row and row is self.best():
-            best = {**kept, "image_size": self.data.image_size}
-            best |= {"epoch": row["epoch"], "val_accuracy": row["val_accuracy"]}
-            write(self.output / "best_model.pth", to_bytes(best))
+        write_checkpoint(self.output / "last.pth", last)
+        best = self.best()
+        if best and best is self.history[-1]:
+            kept |= {"image_size": self.data.image_size, "epoch": best["epoch"]}
+            kept |= {"val_accuracy": best["val_accuracy"]}
+            write_checkpoint(self.output / "best_model.pth", kept)
 
     def load_best(self):
         """Give the model the best weights; end the program if they are not of this run."""
-        path = self.output / "best_model.pth"
-        best = on_process_0(load_checkpoint, path, BEST)
         row = self.best()
         if row is None:
             stop("no epoch was validated; go on with --resume and more --epochs")
+        path = self.output / "best_model.pth"
+        best = load_checkpoint(path)
         if (best["epoch"], best["val_accuracy"]) != (row["epoch"], row["val_accuracy"]):
             stop(f"{path} is of another run; start a new one")
-        load_state(self.model, best["model"])
+        self.model.load_state_dict(best["model"])
 
 
 def move_earlier_run_aside(output):
@@ -923,49 +865,27 @@ def write(path, content):
         stop(f"cannot write {path} ({reason(error)}); make room, then go on with --resume")
 
 
-def to_bytes(checkpoint):
-    """Return a checkpoint as a file has it: made in memory, so that only the disk can fail."""
+def write_checkpoint(path, checkpoint):
+    """Write a checkpoint, as torch.save does, and behind it the checksum of its bytes.
+
+    It is made in memory first, so that only the disk can fail; torch.load passes the checksum over.
+    """
     file = io.BytesIO()
     torch.save(checkpoint, file)
-    return file.getbuffer()
+    content = file.getvalue()
+    write(path, content + hashlib.sha256(content).digest())
 
 
-def load_checkpoint(path, kinds):
-    """Return a checkpoint with values of these kinds; nothing in it is executed."""
+def load_checkpoint(path):
+    """Return a checkpoint that `write_checkpoint` wrote; nothing in it is executed."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        damaged = [key for key, kind in kinds.items() if not isinstance(checkpoint[key], kind)]
-        damaged += [name for name in checkpoint["classes"] if not isinstance(name, str)]
-    except LIBRARY_ERRORS as error:
-        stop(f"cannot use {path} ({reason(error)}); train first, or name another --output")
-    if damaged:
-        stop(f"cannot use {path}, damaged in {damaged[0]}; train again, or name another --output")
-    return checkpoint
-
-
-def load_run(output):
-    """Return what is saved of a run, to go on with it."""
-    path = Path(output, "last.pth")
-    saved = load_checkpoint(path, LAST)
-    rows = saved["history"]
-    whole = all(isinstance(row, dict) and list(row) == list(LOG) for row in rows)
-    whole = whole and all(isinstance(row[key], LOG[key]) for row in rows for key in LOG)
-    whole = whole and [type(number) for number in saved["steps"]] == [int, int]
-    if not whole or not all(isinstance(flag, str) for flag in saved["flags"]):
-        stop(f"cannot use {path}, damaged in its history or flags; start a new run")
-    return saved
-
-
-def load_state(target, state):
-    """Give a model or an optimizer the state in a checkpoint."""
-    try:
-        target.load_state_dict(state)
-        if isinstance(target, torch.optim.Optimizer):  # which does not look at shapes itself
-            for parameter, moments in target.state.items():
-                for moment in moments.values():
-                    moment.expand_as(parameter)
-    except LIBRARY_ERRORS as error:
-        stop(f"the checkpoint is damaged, or of another model ({reason(error)}); start a new run")
+        content = path.read_bytes()
+    except OSError as error:
+        stop(f"cannot read {path} ({reason(error)}); train first, or name another --output")
+    digest = hashlib.sha256(content[:-32]).digest()
+    if content[-32:] != digest:
+        stop(f"{path} is damaged, or not of this program; train again, or name another --output")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 # ---- several processes, under torchrun; a single one passes through unchanged --------------------
@@ -979,7 +899,7 @@ def join_processes():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=datetime.timedelta(hours=2))  # a download may be slow
-    except LIBRARY_ERRORS as error:
+    except Exception as error:
         stop(f"the processes cannot start, a card for each if any, or not meet ({reason(error)})")
     atexit.register(dist.destroy_process_group)
     if dist.get_rank() > 0:
@@ -987,42 +907,21 @@ def join_processes():
     return dist.get_rank(), dist.get_world_size()
 
 
-def choose_device(name):
-    """Return the device that computes."""
-    use_cuda = name != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if use_cuda else "cpu")
-
-
 def on_process_0(function, *args):
     """Call a function on process 0 alone; return its result, or exit as it does, on all."""
-    outcome = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            outcome = [function(*args)]
-        except SystemExit as problem:
-            outcome = [problem]
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome)
-        if isinstance(outcome[0], SystemExit) and dist.get_rank() > 0:
-            sys.exit(1)  # process 0 says why
-    if isinstance(outcome[0], SystemExit):
-        raise outcome[0]
-    return outcome[0]
-
-
-def evaluate_together(model, batches):
-    """Return what `evaluate` does, of the shares of all processes, in the order of the data set."""
     if not dist.is_initialized():
-        return evaluate(model, batches)
-    for buffer in model.buffers():  # batch-norm's statistics
-        dist.broadcast(buffer, 0)
-    loss, labels, predictions, confidences = evaluate(model, batches)
-    losses = torch.where(labels == UNDECODABLE, 0.0, loss)  # a picture's share of the mean
-    columns = [column.cpu() for column in (losses, labels, predictions, confidences)]
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, columns)
-    losses, labels, predictions, confidences = map(torch.cat, zip(*shares))
-    return losses[labels != UNDECODABLE].mean().item(), labels, predictions, confidences
+        return function(*args)
+    outcome = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function(*args)
+        except SystemExit as problem:
+            outcome[1] = problem
+    dist.broadcast_object_list(outcome)
+    result, problem = outcome
+    if problem:
+        raise problem if dist.get_rank() == 0 else SystemExit(1)  # process 0 says why
+    return result
 
 
 # ---- what is said --------------------------------------------------------------------------------
@@ -1058,21 +957,20 @@ def show_banner(problem, consequence):
 def show_progress(loader):
     """Yield the batches of a loader; in a terminal a line tells how far they are."""
     first = not dist.is_initialized() or dist.get_rank() == 0
-    watched = first and sys.stderr is not None and sys.stderr.isatty()
-    width = shutil.get_terminal_size().columns - 1
+    if not first or sys.stderr is None or not sys.stderr.isatty():
+        yield from loader
+        return
     start = time.monotonic()
     shown = start
     for number, batch in enumerate(loader, 1):
         yield batch
-        if watched and time.monotonic() - shown > 1:
+        if time.monotonic() - shown > 1:
             shown = time.monotonic()
             speed = number / (shown - start)
             left = datetime.timedelta(seconds=round((len(loader) - number) / speed))
             text = f"batch {number}/{len(loader)}  {loader.batch_size * speed:.0f} images/s"
-            text = f"{text}  {left} left"[:width]
-            print(f"{text:{width}}\r", end="", file=sys.stderr, flush=True)
-    if watched:
-        print(" " * width, end="\r", file=sys.stderr, flush=True)
+            print(f"{text}  {left} left".ljust(60), end="\r", file=sys.stderr, flush=True)
+    print(" " * 60, end="\r", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -1083,7 +981,6 @@ def endings_in_one_line():
             stream.reconfigure(errors="backslashreplace")
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     warnings.showwarning = show_warning
-    warnings.filterwarnings("ignore", module="PIL")  # of oddities in files that it reads well
     try:
         yield
     except KeyboardInterrupt:
@@ -1145,34 +1042,32 @@ def parse_args(argv):
 
     A resumed run has the flags that it was started with, but what is typed now wins.
     """
-    argv = sys.argv[1:] if argv is None else [str(flag) for flag in argv]
     parser = make_parser()
     args = parser.parse_args(argv)
-    args.flags = argv
     saved = None
     if args.resume and not args.predict:
-        saved = load_run(args.output)
-        own = parser.parse_args(saved["flags"])
-        flags = [*saved["flags"], *argv, f"--output={args.output}"]
-        args = parser.parse_args(flags)
-        args.flags = flags
+        saved = load_checkpoint(Path(args.output, "last.pth"))
+        own = saved["flags"]
+        parser.set_defaults(**{**own, "output": args.output})
+        args = parser.parse_args(argv)
         done = len(saved["history"])
         if args.weights == "auto":
-            args.weights = own.weights
-        if (args.weights, args.freeze) != (own.weights, own.freeze):
+            args.weights = own["weights"]
+        if (args.weights, args.freeze) != (own["weights"], own["freeze"]):
             parser.error("--weights and --freeze are the run's own; leave them out with --resume")
         if args.epochs < done:
             parser.error(f"--epochs {args.epochs}: {done} are done; give {done} or more")
-        if args.epochs > own.epochs:
+        if args.epochs > own["epochs"]:
             saved["patient_since"] = done
     for name, least in LEAST.items():
         value = getattr(args, name)
-        if value is not None and not least <= value < (2**32 if name == "seed" else math.inf):
-            parser.error(f"--{name.replace('_', '-')} {value}: give {least} or more")
+        if value is not None and not least <= value < 2**63:
+            parser.error(f"--{name.replace('_', '-')} {value}: give {least} or more, below 2**63")
     if args.freeze and args.weights == "none":
         parser.error("--freeze would keep random weights; leave out --weights none")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA here; leave it out, or say --device cpu")
+    args.flags = dict(vars(args))
     return args, saved
 
 
