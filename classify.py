@@ -355,15 +355,15 @@ def read_folder(root, output):
     classes = sorted(set().union(*parts.values()))
     if len(classes) < 2:
         stop(f"{root} needs two or more classes and has {classes}; {LAYOUTS}")
-    seen = {*ours, os.path.realpath(root)}
+    seen = dict.fromkeys([*ours, os.path.realpath(root)])
     for part, folders in parts.items():
         for name in classes:
             if name not in folders:
                 stop(f"{root}: {part} has no folder {name}, as another part has; {LAYOUTS}")
             real = os.path.realpath(folders[name])
             if real in seen:
-                stop(f"{folders[name]} is a link to {real}, which is used already; remove one")
-            seen.add(real)
+                stop(f"{folders[name]} and {seen[real]} are one and the same folder; remove one")
+            seen[real] = folders[name]
     found = []
     left_out = []
     for part, folders in parts.items():
@@ -391,7 +391,8 @@ def find_parts(root, ours):
     others = [name for name in folders if name not in named]
     if not named or (others and parts == ["train"] and flat):
         return {"train": root}  # a class may be called train
-    odd = [name for name in others if any(map(is_picture, list_files(folders[name], {*ours})))]
+    files = {name: list_files(folders[name], dict.fromkeys(ours)) for name in others}
+    odd = [name for name in others if any(map(is_picture, files[name]))]
     # a test folder without classes is left out, for it cannot tell the accuracy
     odd += [name for name in flat if PARTS[name.lower()] != "test"]
     if odd or "train" not in parts or len(parts) > len(set(parts)):
@@ -412,7 +413,7 @@ def list_folders(folder, ours):
 def list_files(folder, seen):
     """Return the visible files below a folder, but for folders in `seen`, which grows.
 
-    It holds real paths, for a link may lead round in a circle, or to a folder of another class.
+    Its keys are real paths, for a link may lead round in a circle, or to a folder of another class.
     """
     found = []
     for path, folders, files in os.walk(folder, onerror=stop, followlinks=True):
@@ -420,7 +421,7 @@ def list_files(folder, seen):
             real = os.path.realpath(os.path.join(path, name))
             if real in seen or name.startswith(HIDDEN):
                 folders.remove(name)
-            seen.add(real)
+            seen[real] = path
         found += [os.path.join(path, name) for name in files if not name.startswith(HIDDEN)]
     return sorted(found)
 
@@ -541,6 +542,7 @@ def prepare_worker(worker):
     """Make a loader worker warn as the program does, and leave Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.showwarning = show_warning
+    sys.excepthook = lambda *_: None  # of a thread that sends when the main process has gone
     # a worker whose batch cannot be sent would go on, and the main process wait for the batch
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda error, batch: os._exit(1)
 
@@ -684,7 +686,7 @@ def predict(args, device):
     model.to(device).eval()
     paths = []
     for path in args.predict:
-        paths += list_files(path, set()) if os.path.isdir(path) else [path]
+        paths += list_files(path, {}) if os.path.isdir(path) else [path]
     workers = choose_workers(device, len(paths)) if args.workers is None else args.workers
     pictures = PicturesInFiles(paths, range(len(paths)), best["image_size"])  # label: which path
     _, to_input = make_transforms(best["image_size"], mirror=False)
@@ -880,12 +882,12 @@ def load_checkpoint(path):
     """Return a checkpoint that `write_checkpoint` wrote; nothing in it is executed."""
     try:
         content = path.read_bytes()
-    except OSError as error:
-        stop(f"cannot read {path} ({reason(error)}); train first, or name another --output")
-    digest = hashlib.sha256(content[:-32]).digest()
-    if content[-32:] != digest:
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # of what is none, torch.load raises nearly anything
+        stop(f"cannot use {path} ({reason(error)}); train first, or name another --output")
+    if content[-32:] != hashlib.sha256(content[:-32]).digest():
         stop(f"{path} is damaged, or not of this program; train again, or name another --output")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return checkpoint
 
 
 # ---- several processes, under torchrun; a single one passes through unchanged --------------------

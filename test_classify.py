@@ -2,9 +2,8 @@
 
     pytest test_classify.py         needs no network
 
-A test's name is the promise; the sections are those of the promises: flags, data sets, what is
-printed and written, what cannot hurt a run, going on, several processes, copying. Most runs happen
-inside this process (`run`, `train`); those that are killed or typed at have their own (`start`).
+A test's name is the promise; the sections are those of the promises. Most runs happen inside this
+process (`run`, `train`); those that are killed or typed at have a process of their own (`start`).
 """
 
 import contextlib
@@ -48,7 +47,9 @@ import classify
 SMALL = "--image-size 32 --batch-size 8 --epochs 1 --weights none --device cpu --workers 0".split()
 CLASSES = ["new\nline", "x" * 80, 'your "best" 猫 größe']
 SHOWN = ["new\\nline", *CLASSES[1:]]
-README = Path(__file__).with_name("README.md")
+SOURCE = Path(classify.__file__).read_text("utf-8")
+README = Path(__file__).with_name("README.md").read_text("utf-8")
+CPU = torch.device("cpu")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs signals and terminals of Linux")
 
 
@@ -72,10 +73,12 @@ def offline():
 
 @pytest.fixture
 def folder(monkeypatch):
-    """A folder to work in, gone afterwards (a run leaves 200 MB)."""
+    """A folder to work in, gone afterwards (a run leaves 200 MB), as are processes left over."""
     with tempfile.TemporaryDirectory() as name:
         monkeypatch.chdir(name)
         yield Path(name)
+        for process in multiprocessing.active_children():
+            process.kill()
 
 
 def run(*argv, program=classify):
@@ -90,13 +93,14 @@ def run(*argv, program=classify):
             if isinstance(code, str):  # the interpreter would say it
                 print(code, file=err)
                 code = 1
-    return SimpleNamespace(argv=argv, code=code, out=out.getvalue(), err=err.getvalue())
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
 
 def train(*argv, output="out"):
-    """Run a small training here; return also its flags and its folder."""
-    result = run(*SMALL, "--output", output, *argv)
-    return SimpleNamespace(**{**vars(result), "argv": argv, "output": Path(output)})
+    """Run a small training here; return also its flags, its folder and what its network saw."""
+    with watched() as seen:
+        result = run(*SMALL, "--output", output, *argv)
+    return SimpleNamespace(**vars(result), argv=argv, output=Path(output), seen=seen)
 
 
 def error(result, code=1):
@@ -161,9 +165,9 @@ def end(process, out="out.txt", err="err.txt"):
     return SimpleNamespace(code=process.exitcode, out=out, err=err)
 
 
-def picture(seed=0, width=32, height=32):
+def picture(seed=0, width=32):
     """Return a picture of noise."""
-    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    noise = np.random.default_rng(seed).integers(0, 256, (32, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
 
@@ -262,10 +266,7 @@ def finished():
         (pictures / "train" / ".hidden").mkdir()
         (pictures / "train" / CLASSES[0] / ".DS_Store").write_text("hidden")
         argv = "--data", pictures, "--epochs", 3, "--patience", 0
-        with watched() as seen:
-            result = train(*argv, output=Path(name, "out"))
-        result.seen = seen
-        yield result
+        yield train(*argv, output=Path(name, "out"))
 
 
 @pytest.fixture
@@ -278,15 +279,41 @@ def copy(finished, folder):
 def early(finished):
     """A run whose validation accuracy is always a half: both classes have the same picture.
 
-    It is validated after epochs 2 and 4, and ends with the fourth.
+    It is validated after epochs 2 and 4, and ends with the fourth. Four training pictures of
+    twelve cannot be decoded.
     """
     pictures = finished.output.with_name("halves")
     for name in "ab":
-        paint(pictures / "train" / name, 8)
+        paint(pictures / "train" / name, 4)
         paint(pictures / "val" / name, 0)
         picture().save(pictures / "val" / name / "same.png")
+        for number in "01":
+            (pictures / "train" / name / f"bad{number}.png").write_bytes(b"no picture")
     argv = "--data", pictures, "--epochs", 9, "--patience", 1, "--validate-every", 2
     return train(*argv, output=finished.output.with_name("early"))
+
+
+def colours(path, count):
+    """Write pictures of one colour each, which augmentation leaves as they are, of two classes."""
+    for number in range(count):
+        Path(path, "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        image = Image.new("RGB", (32, 32), (number, number, number))
+        image.save(Path(path, "ab"[number % 2], f"{number:03}.png"))
+
+
+@pytest.fixture(scope="module")
+def orders(finished):
+    """A run on pictures of one colour each; its batches as lists of these colours."""
+    pictures = finished.output.with_name("colours")
+    colours(pictures / "train", 60)
+    for name in "ab":
+        paint(pictures / "val" / name, 1)
+        paint(pictures / "test" / name, 1)
+    argv = "--data", pictures, "--epochs", 3, "--batch-size", 16, "--lr", 0.01
+    result = train(*argv, output=finished.output.with_name("orders"))
+    batches = [images[:, 0, 0, 0] for training, images in result.seen if training]
+    result.batches = [((b * 0.229 + 0.485) * 255).round().int().tolist() for b in batches]
+    return result
 
 
 @pytest.fixture
@@ -329,7 +356,7 @@ def chosen(count, *argv, weights="none"):
     args, _ = classify.parse_args(["--weights", weights, *argv])
     images = TensorDataset(torch.zeros(count, 1), torch.zeros(count))
     data = classify.Data("digits", images, images, images, ["a", "b"], 32, False)
-    return classify.choose_defaults(args, data, torch.device("cpu"), 1)
+    return classify.choose_defaults(args, data, CPU, 1)
 
 
 def test_batch_size_is_128_or_less_where_an_epoch_would_have_few_steps():
@@ -349,32 +376,32 @@ def test_the_rate_depends_on_the_weights_and_is_obeyed_if_said(cached):
 @pytest.mark.parametrize("every", [1, 2, 7])
 def test_patience_left_unsaid_never_cuts_a_schedule_that_has_not_cooled_down(epochs, every):
     patience = chosen(100, f"--epochs={epochs}", f"--validate-every={every}").patience
-    model = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=10 * epochs + 1)
-    rates = [scheduler.get_last_lr()[0]]
-    for _ in range(10 * epochs):
-        optimizer.step()
-        scheduler.step()
-        rates.append(scheduler.get_last_lr()[0])
-    first_end = min(epochs, every * (patience + 1))  # the first validation is the best
-    assert rates[10 * first_end] < 0.1
+    first_end = min(epochs, every * (patience + 1))  # if the first validation is the best
+    assert rate_after(10 * first_end, 10 * epochs, top=1) < 0.1
     if epochs >= 60 and every == 1:
         assert first_end < epochs  # a run that stands still ends before its time
 
 
-def test_workers_are_no_more_than_the_processors_that_may_be_used(monkeypatch):
-    cpu = torch.device("cpu")
-    assert classify.choose_workers(cpu, files=10) == 0
-    if hasattr(os, "sched_setaffinity"):
-        before = os.sched_getaffinity(0)
-        for number in range(1, len(before) + 1):
-            os.sched_setaffinity(0, list(before)[:number])
-            try:
-                assert 0 <= classify.choose_workers(cpu, files=10**6) <= number / 2
-                assert 1 <= classify.choose_workers(torch.device("cuda"), 10**6) <= number
-            finally:
-                os.sched_setaffinity(0, before)
+def rate_after(step, steps, top):
+    """Return the rate after so many steps: it rises for three tenths of them, then falls to 0."""
+    peak = 0.3 * (steps + 1) - 1
+    start, stop, share = top / 25, top, step / peak
+    if step > peak:
+        start, stop, share = top, top / 25e4, (step - peak) / (steps - peak)
+    return stop + (start - stop) / 2 * (1 + math.cos(math.pi * share))
+
+
+@linux
+def test_workers_are_no_more_than_the_processors_that_may_be_used():
+    before = os.sched_getaffinity(0)
+    assert classify.choose_workers(CPU, files=10) == 0
+    for number in range(1, len(before) + 1):
+        os.sched_setaffinity(0, list(before)[:number])
+        try:
+            assert 0 <= classify.choose_workers(CPU, files=10**6) <= number / 2
+            assert 1 <= classify.choose_workers(torch.device("cuda"), 10**6) <= number
+        finally:
+            os.sched_setaffinity(0, before)
 
 
 def test_same_seed_same_numbers_and_weights_and_the_earlier_run_is_moved_aside(finished, copy):
@@ -388,8 +415,8 @@ def test_same_seed_same_numbers_and_weights_and_the_earlier_run_is_moved_aside(f
 
 
 def test_another_seed_other_weights(finished, folder):
-    assert train(*finished.argv, "--seed", 1).code == 0
-    assert not same_weights("out", finished.output)
+    assert train(*finished.argv, "--seed", 1, "--epochs", 1).code == 0
+    assert numbers()[0]["train_loss"] != numbers(finished.output)[0]["train_loss"]
 
 
 def test_validate_every_leaves_cells_empty_and_always_validates_the_last_epoch(folder):
@@ -424,9 +451,12 @@ def test_frozen_weights_and_statistics_stay_and_no_mistakes_leave_no_picture_of_
         assert same(body(load(Path("out", name))[1]), body(torch.load(cached)))
 
 
-def test_imagenet_weights_that_cannot_be_had_are_an_error(finished, folder):
-    assert "weights" in error(train(*finished.argv, "--weights", "imagenet"))
-    assert "weights" in error(train(*finished.argv, "--weights", "auto", "--freeze"))
+def test_imagenet_weights_that_cannot_be_had_or_are_malicious_are_an_error(finished, cached):
+    torch.save({"fc.weight": Evil()}, cached)
+    for flags in (["--weights", "imagenet"], ["--weights", "auto", "--freeze"]):
+        assert "weights" in error(train(*finished.argv, *flags))
+        cached.unlink(missing_ok=True)
+    assert not Path("executed").exists()
 
 
 # ---- data sets by name ---------------------------------------------------------------------------
@@ -525,10 +555,17 @@ def test_auto_without_a_network_warns_and_trains_on_digits_which_are_always_the_
     auto = served("half", "--data", "auto", *flags)
     assert auto.code == 0 and "digits: 4500 train, 500 val, 1000 test" in auto.out
     assert all(word in auto.err.lower() for word in ("warning", "cifar10", "digits", "random"))
-    files = sorted(Path().rglob("*"))
-    again = train("--data", "digits", *flags, "--resume")  # checks and tests the pictures anew
-    assert again.code == 0 and report(again.out) == report(auto.out)
-    assert sorted(Path().rglob("*")) == files  # none of them is on disk
+    files = sorted(path.name for path in Path().rglob("*.*"))
+    assert files == [
+        "best_model.pth",
+        "cifar-10-python.tar.gz",
+        "last.pth",
+        "log.csv",
+        "mistakes.png",
+    ]
+    again = classify.read_data("digits", 1, "out")
+    _, to_input = classify.make_transforms(1, mirror=False)
+    assert torch.equal(to_input(again.test.tensors[0]), auto.seen[-1][1]) and not again.mirror
 
 
 def test_a_folder_with_the_name_of_a_set_is_not_silently_overlooked(folder):
@@ -541,17 +578,16 @@ def test_a_folder_with_the_name_of_a_set_is_not_silently_overlooked(folder):
 
 # ---- folders -------------------------------------------------------------------------------------
 
+T = {"train/a": 5, "train/b": 5}
 GOOD = {
     "classes": ({"a": 10, "b": 20}, [24, 3, 3]),
-    "parts": ({"train/a": 3, "train/b": 2, "val/a": 1, "val/b": 1, "test/a": 1, "test/b": 2}, None),
+    "parts": ({**T, "val/a": 1, "val/b": 1, "test/a": 1, "test/b": 2}, [10, 2, 3]),
     "other names": ({"Training/a": 3, "Training/b": 2, "VALID/a": 1, "VALID/b": 1}, [3, 2, 2]),
     "any depth": ({"a/x/y": 5, "a/z": 5, "b": 10}, [16, 2, 2]),
-    "a class called train": ({"bus": 5, "car": 5, "train": 5}, [9, 3, 3]),
+    "a class called train": ({"a": 5, "b": 5, "train": 5}, [9, 3, 3]),
     "nobody's folders": ({"a": 5, "b": 5, ".git": 3, "__MACOSX/a": 3, "out/c": 3}, [6, 2, 2]),
-    "an empty folder beside train": ({"train/a": 5, "train/b": 5, "notes": 0}, [6, 2, 2]),
+    "an empty folder beside train": ({**T, "notes": 0}, [6, 2, 2]),
 }
-GOOD["parts"] = (GOOD["parts"][0], [5, 2, 3])
-T = {"train/a": 5, "train/b": 5}
 REFUSED = {
     "missing": ({}, "pictures"),
     "no folders": ({".": 3}, "classes"),
@@ -574,8 +610,7 @@ def layout(counts):
     """Write pictures into folders below "pictures"; return what the program makes of them."""
     for name, count in counts.items():
         paint(Path("pictures", name), count)
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return classify.read_data("pictures", 32, "pictures/out")
 
 
@@ -583,8 +618,7 @@ def layout(counts):
 def test_layouts_that_people_have_are_understood(folder, counts, sizes):
     data = layout(counts)
     assert [len(data.train), len(data.val), len(data.test)] == sizes
-    expected = {"bus", "car", "train"} if "bus" in counts else {"a", "b"}
-    assert set(data.classes) == expected and data.mirror
+    assert data.classes == ["a", "b", "train"][: 2 + ("train" in counts)] and data.mirror
 
 
 @pytest.mark.parametrize("counts, named", REFUSED.values(), ids=REFUSED)
@@ -597,18 +631,23 @@ def test_unclear_layouts_are_refused_in_words_that_name_the_odd_folder(folder, c
 
 
 @linux
-def test_parts_that_are_the_same_folder_are_refused(folder):
-    layout(T)
-    os.symlink("train", "pictures/val")
-    with pytest.raises(SystemExit, match=r"\bval\b"):
-        layout({})
+@pytest.mark.parametrize("link", ["val", "test/a", "train/c"])
+def test_parts_and_classes_that_are_the_same_folder_are_refused(folder, link):
+    target = {"val": "train", "test/a": "../train/a", "train/c": "a"}[link]
+    paint("pictures/train/a", 5)
+    Path("pictures", link).parent.mkdir(exist_ok=True)
+    os.symlink(target, Path("pictures", link))
+    with pytest.raises(SystemExit, match=rf"pictures/{link}\b.* are one and the same"):
+        layout({"train/b": 5, "test/b": 2} if link == "test/a" else {"train/b": 5})
 
 
 @linux
-def test_links_that_lead_round_in_a_circle_are_not_followed(folder):
+def test_links_that_lead_round_in_a_circle_or_to_another_class_are_not_followed(folder):
     layout({"a": 10, "b": 10})
     os.symlink("..", "pictures/a/up")
-    assert len(layout({}).train) == 16
+    os.symlink("../b", "pictures/a/other")
+    os.symlink("..", "pictures/b/up")
+    assert [len(part) for part in layout({})[1:4]] == [16, 2, 2]
 
 
 def test_a_name_means_the_same_however_its_accents_are_written(folder):
@@ -623,20 +662,19 @@ def test_what_is_left_out_is_named_before_the_start(folder):
     Path("pictures", "train", "a", "labels.xyz").write_text("")
     Path("pictures", "readme.md").write_text("")
     result = train("--data", "pictures")
-    before = result.err
     assert result.code == 0 and "6 train, 2 val, 2 test" in result.out
     for name in ("labels.xyz", "readme.md", os.path.join("test", "1.png"), "--predict"):
-        assert name in before
+        assert name in result.err
 
 
 HOPELESS = {
-    "HEIC": ("photo.heic", b"\0\0\0\x18ftypheic"),
-    "Git LFS": ("photo.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n"),
-    "HDF5": ("photo.h5", b"\x89HDF\r\n\x1a\n" + bytes(100)),
+    "photo.heic": b"\0\0\0\x18ftypheic",
+    "photo.jpg": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+    "photo.h5": b"\x89HDF\r\n\x1a\n" + bytes(100),
 }
 
 
-@pytest.mark.parametrize("name, content", HOPELESS.values(), ids=HOPELESS)
+@pytest.mark.parametrize("name, content", HOPELESS.items(), ids=HOPELESS)
 def test_a_class_without_any_picture_is_an_error_that_says_why(folder, name, content):
     paint("pictures/a", 12)
     Path("pictures", "b").mkdir()
@@ -678,6 +716,15 @@ def pixels_of(path):
     return image.permute(1, 2, 0).numpy()
 
 
+def deep_tiff(path, pixels, bits=16, white=1, extra=()):
+    """Write a TIFF as cameras and microscopes do: bits a value, whether 0 is white, more tags."""
+    tags = {256: 32, 257: 32, 258: bits, 259: 1, 262: white, 273: 8, 278: 32, 279: len(pixels)}
+    tags |= dict(extra)
+    entries = b"".join(struct.pack("<HHIHH", t, 3, 1, tags[t], 0) for t in sorted(tags))
+    head = b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels
+    Path(path).write_bytes(head + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
 def variants(photo):
     """Yield what is shown, and a file that shows it: its name, picture and options of saving."""
     grey = photo.convert("L")
@@ -705,9 +752,13 @@ def test_any_mode_and_size_enters_upright_scaled_and_cropped_in_the_middle(folde
     for shown, name, image, options in variants(picture(7)):
         image.save(name, **options)
         np.testing.assert_array_equal(pixels_of(name), np.asarray(shown.convert("RGB")), name)
-    deep = np.asarray(picture(7).convert("L"), dtype=">u2") * 257
+    grey = np.asarray(picture(7).convert("L"))
+    deep = grey.astype(">u2") * 257
     Path("16 bits.pgm").write_bytes(b"P5 32 32 65535\n" + deep.astype(">u2").tobytes())
-    np.testing.assert_array_equal(pixels_of("16 bits.pgm")[:, :, 0], deep // 257)
+    np.testing.assert_array_equal(pixels_of("16 bits.pgm")[:, :, 0], grey)
+    opaque = np.stack([grey, np.full_like(grey, 255)], 2).tobytes()
+    deep_tiff("La.tif", opaque, 8, extra={277: 2, 338: 1})
+    np.testing.assert_array_equal(pixels_of("La.tif")[:, :, 0], grey)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -760,41 +811,40 @@ def test_broken_metadata_never_stops_a_picture_whose_pixels_decode(folder, name,
     np.testing.assert_array_equal(pixels_of(name), expected)
 
 
-def undecodable():
-    """Return contents of files that cannot be decoded, or whose values have no known range."""
+def write_undecodable(path):
+    """Write files that cannot be decoded, or whose values have no known range; return names."""
     png, photo = encoded("png"), encoded("jpeg")
     flipped = bytearray(png)
     flipped[60] ^= 255
     files = {"empty.png": b"", "text.jpg": b"some text", "header.png": png[:20]}
     files |= {"truncated.png": png[:-200], "truncated.jpg": photo[: len(photo) // 2]}
     files |= {"flipped.png": bytes(flipped), "bomb.ppm": b"P6 60000 60000 255\n"}
-    files |= {"stub.h5": HOPELESS["HDF5"][1], "stub.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%EOF\n"}
+    files |= {"stub.h5": HOPELESS["photo.h5"], "stub.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%EOF\n"}
     files |= {"two\nlines' 猫.jpg": b"no picture"}
+    for name, content in files.items():
+        Path(path, name).write_bytes(content)
     for mode in "IF":
-        file = io.BytesIO()
-        Image.new(mode, (32, 32), 70000).save(file, "tiff")
-        files[f"mode {mode}.tif"] = file.getvalue()
-    return files
+        Image.new(mode, (32, 32), 70000).save(Path(path, f"mode {mode}.tif"))
+    deep_tiff(Path(path, "12 bits.tif"), bytes(32 * 48), bits=12)
+    deep_tiff(Path(path, "negative.tif"), bytes(32 * 64), white=0)
+    os.symlink("nowhere", Path(path, "dangling.png"))
+    os.mkfifo(Path(path, "pipe.png"))  # whoever reads it waits for ever
+    return [name for name in os.listdir(path) if not name[0].isdigit() or "bits" in name]
 
 
 @linux
-@pytest.mark.parametrize("workers", [0, 2])
-def test_undecodable_files_are_named_once_a_process_and_left_out_of_everything(folder, workers):
+def test_undecodable_files_are_named_once_a_process_and_left_out_of_every_figure(folder):
     for part, count in (("train", 4), ("val", 3), ("test", 3)):
         for name in "ab":
             paint(f"pictures/{part}/{name}", count)
-        for name, content in undecodable().items():
-            Path("pictures", part, "a", name).write_bytes(content)
-        os.symlink("nowhere", f"pictures/{part}/a/dangling.png")
-        os.mkfifo(f"pictures/{part}/a/pipe.png")  # whoever reads it waits for ever
-    flags = ["--data", "pictures", "--epochs", 2, "--workers", workers]
+        names = write_undecodable(Path("pictures", part, "a"))
+    flags = ["--data", "pictures", "--epochs", 2, "--workers", 2]
     result = end(start(*SMALL, "--output", "out", *flags))
     assert result.code == 0 and " of 6)" in result.out, result
-    for name in [*undecodable(), "dangling.png", "pipe.png"]:
+    for name in names:
         lines = [line for line in result.err.splitlines() if name.replace("\n", "\\n") in line]
         told = Counter(re.search("train|val|test", line)[0] for line in lines)
-        assert set(told) == {"train", "val", "test"}
-        assert max(told.values()) <= max(workers, 1)
+        assert set(told) == {"train", "val", "test"} and max(told.values()) <= 2, name
         assert all("left out" in line for line in lines)
     state = load("out/best_model.pth")[1]
     files = [path for name in "ab" for path in sorted(Path(f"pictures/val/{name}").glob("?.png"))]
@@ -803,17 +853,20 @@ def test_undecodable_files_are_named_once_a_process_and_left_out_of_everything(f
     assert max(float(row["val_accuracy"]) for row in rows()) == pytest.approx(right)
 
 
-def test_an_undecodable_picture_is_no_part_of_a_training_batch(folder):
-    for name in "ab":
-        paint(f"pictures/train/{name}", 6)
-        paint(f"pictures/val/{name}", 1)
-        for number in range(4):
-            Path(f"pictures/train/{name}/bad{number}.png").write_bytes(b"no picture")
-    with watched() as seen:
-        assert train("--data", "pictures", "--batch-size", 4).code == 0
-    trained = [images for training, images in seen if training]
-    assert {len(images) for images in trained} <= {2, 3, 4}
-    assert all(images.std() > 0.5 for batch in trained for images in batch)
+def test_in_training_another_picture_takes_the_place_of_one_that_cannot_be_decoded(early):
+    trained = [images for training, images in early.seen if training]
+    assert {len(images) for images in trained} == {8, 2}
+    assert all(image.std() > 0.5 for images in trained for image in images)
+
+
+@pytest.mark.parametrize("count", [2, 3, 7919, 10000])
+def test_another_picture_is_found_however_many_in_a_row_are_undecodable(folder, count):
+    paint(".", 1)
+    bad = count * 2 // 3
+    paths = ["missing.png"] * bad + ["0.png"] * (count - bad)
+    data = classify.PicturesInFiles(paths, range(count), 32, replace=True)
+    with pytest.warns(UserWarning, match="left out"):
+        assert all(data[index][1] >= bad for index in range(0, bad, count // 100 + 1))
 
 
 # ---- what the network is given -------------------------------------------------------------------
@@ -822,9 +875,7 @@ def test_an_undecodable_picture_is_no_part_of_a_training_batch(folder):
 def test_training_sees_shifted_and_mirrored_pictures_and_evaluation_sees_them_as_they_are(finished):
     originals = {}
     for part in ("train", "val", "test"):
-        files = [
-            path for name in CLASSES for path in (finished.argv[1] / part / name).glob("?*.png")
-        ]
+        files = (finished.argv[1] / part).glob("*/?*.png")
         originals[part] = as_input(map(Image.open, files))
     evaluated = torch.cat([images for training, images in finished.seen if not training])
     for images, part, times in ((evaluated[:36], "val", 3), (evaluated[36:], "test", 1)):
@@ -833,24 +884,21 @@ def test_training_sees_shifted_and_mirrored_pictures_and_evaluation_sees_them_as
 
     kinds = Counter()
     padded = nn.functional.pad(originals["train"], (1, 1, 1, 1), "replicate")
-    for training, images in finished.seen:
-        for image in images if training else []:
-            for y, x, mirrored in [(y, x, m) for y in range(3) for x in range(3) for m in (0, 1)]:
-                shifted = padded[:, :, y : y + 32, x : x + 32]
-                shifted = shifted.flip(3) if mirrored else shifted
-                if (shifted - image).abs().amax((1, 2, 3)).min() < 1e-5:
-                    kinds[y, x, mirrored] += 1
+    places = [(y, x, mirrored) for y in range(3) for x in range(3) for mirrored in (0, 1)]
+    for image in [image for training, images in finished.seen if training for image in images]:
+        for y, x, mirrored in places:
+            shifted = padded[:, :, y : y + 32, x : x + 32]
+            shifted = shifted.flip(3) if mirrored else shifted
+            if (shifted - image).abs().amax((1, 2, 3)).min() < 1e-5:
+                kinds[y, x, mirrored] += 1
     assert kinds.total() == 3 * 36 and len(kinds) >= 8
 
 
 def test_digits_are_not_mirrored_and_photos_are():
-    assert not classify.read_data("digits", 32, "out").mirror
-    image = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
-    image[:] = image[0]
+    image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     for mirror, kinds in ((False, 9), (True, 18)):
-        transform, _ = classify.make_transforms(32, mirror)
-        made = {transform(image[:1]).numpy().tobytes() for _ in range(400)}
-        assert len(made) == kinds
+        augment, _ = classify.make_transforms(32, mirror)
+        assert len({augment(image).numpy().tobytes() for _ in range(400)}) == kinds
 
 
 def test_an_augmentation_is_drawn_anew_for_groups_of_pictures():
@@ -858,34 +906,8 @@ def test_an_augmentation_is_drawn_anew_for_groups_of_pictures():
     images = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8).repeat(128, 1, 1, 1)
     loader = DataLoader(TensorDataset(images, torch.zeros(128, dtype=torch.int64)), 128)
     augment, to_input = classify.make_transforms(32, mirror=True)
-    batches = classify.Batches(loader, torch.device("cpu"), to_input, augment)
-    [(made, _)] = batches
-    assert len(batches) == 1
+    [(made, _)] = classify.Batches(loader, CPU, to_input, augment)
     assert 3 <= len({image.numpy().tobytes() for image in made}) <= 8
-
-
-def colours(count):
-    """Return pictures of one colour each, which augmentation leaves as they are: uint8."""
-    return torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)
-
-
-@pytest.fixture(scope="module")
-def orders(finished):
-    """The order of the pictures in each epoch of a run on pictures of one colour each."""
-    pictures = finished.output.with_name("colours")
-    for number, pixels in enumerate(colours(60)):
-        path = pictures / "train" / "ab"[number % 2] / f"{number:03}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
-    for name in "ab":
-        paint(pictures / "val" / name, 1)
-        paint(pictures / "test" / name, 1)
-    argv = "--data", pictures, "--epochs", 3, "--batch-size", 16, "--lr", 0.01
-    with watched() as seen:
-        result = train(*argv, output=finished.output.with_name("orders"))
-    batches = [(images[:, 0, 0, 0] * 0.229 + 0.485) * 255 for training, images in seen if training]
-    result.batches = [batch.round().int().tolist() for batch in batches]
-    return result
 
 
 def test_an_epochs_order_is_a_permutation_that_differs_from_epoch_to_epoch(orders):
@@ -896,43 +918,21 @@ def test_an_epochs_order_is_a_permutation_that_differs_from_epoch_to_epoch(order
 
 
 def test_the_rate_rises_for_three_tenths_of_the_steps_and_then_falls_to_nothing(orders):
-    def cosine(start, end, share):
-        return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
-
-    steps = 3 * 4
-    top = 0.3 * (steps + 1) - 1
     for epoch, row in enumerate(rows(orders.output)):
-        step = 4 * epoch
-        rate = cosine(0.01 / 25, 0.01, step / top)
-        if step > top:
-            rate = cosine(0.01, 0.01 / 25e4, (step - top) / (steps - top))
-        assert float(row["learning_rate"]) == pytest.approx(rate, rel=1e-6)
-
-
-def test_a_run_of_one_step_uses_about_the_rate_that_was_asked_for(folder):
-    for name in "ab":
-        paint(f"pictures/train/{name}", 4)
-        paint(f"pictures/val/{name}", 1)
-    train("--data", "pictures", "--lr", 0.01)
-    assert 0.005 < float(rows()[0]["learning_rate"]) <= 0.01
-    before = load("out/last.pth")[0]
-    assert before["optimizer"]["param_groups"][0]["lr"] < 0.01
+        expected = rate_after(4 * epoch, 3 * 4, top=0.01)
+        assert float(row["learning_rate"]) == pytest.approx(expected, rel=1e-6)
 
 
 # ---- what is printed and written -----------------------------------------------------------------
 
 
-def test_the_start_tells_data_and_all_that_was_chosen(finished):
+def test_the_start_tells_data_and_all_that_was_chosen_and_hidden_files_are_ignored(finished):
     head = finished.out[: finished.out.index("epoch 1/3")].replace(",", "")
     told = ["pictures", "36 train 12 val 13 test", "32 x 32", SHOWN[0], "cpu", "none", "11178051"]
     told += ["batch size 8", "learning rate 0.003", "patience 0", "loader workers: 0"]
-    told += ["bfloat16" if classify.has_native_bfloat16(torch.device("cpu")) else "float32"]
+    told += ["bfloat16" if classify.has_native_bfloat16(CPU) else "float32"]
     assert finished.code == 0 and all(text in head for text in told)
-    assert finished.out.startswith("reading")
-
-
-def test_hidden_files_and_folders_are_ignored_without_a_word(finished):
-    assert finished.code == 0 and finished.err == ""
+    assert finished.out.startswith("reading") and finished.err == ""
 
 
 def test_each_epoch_is_a_line_and_a_row_and_the_best_is_kept(finished):
@@ -986,7 +986,7 @@ def test_report_and_validation_are_those_of_plain_torchvision(finished):
 
 
 def test_the_surest_mistakes_are_drawn_whatever_the_classes_are_called(folder):
-    images = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8)
+    images = torch.randint(0, 256, (50, 1, 1, 1), dtype=torch.uint8).repeat(1, 3, 32, 32)
     labels = torch.zeros(50, dtype=torch.int64)
     predictions = torch.arange(50) % 2  # 25 mistakes, and one that could not be decoded
     labels[49] = -100
@@ -995,13 +995,13 @@ def test_the_surest_mistakes_are_drawn_whatever_the_classes_are_called(folder):
     data = classify.Data("test", test, test, test, [CLASSES[1], "猫" * 50], 32, True)
     classify.draw_mistakes(data, labels, predictions, confidences, ".")
     wrong = [index for index in range(49) if index % 2]
-    surest = max(wrong, key=lambda index: confidences[index])
+    wrong.sort(key=lambda index: -confidences[index])
     with Image.open("mistakes.png") as image:
         sheet = np.asarray(image)
-    assert sheet.shape[1] == 8 * 196 + 4 and sheet.shape[0] == 3 * (192 + 40 + 4) + 4
-    drawn = images[surest].permute(1, 2, 0).numpy().repeat(6, 0).repeat(6, 1)
-    np.testing.assert_array_equal(sheet[4:196, 4:196], drawn)
-    assert sheet[196:236, 4:196].any()  # the text
+    assert sheet.shape == (3 * 240, 8 * 200, 3)
+    for number, index in enumerate(wrong):
+        tile = sheet[number // 8 * 240 :, number % 8 * 200 :][:240, :200]
+        assert (tile[:192, :192] == images[index, 0, 0, 0].item()).all() and tile[192:].any()
 
 
 @linux
@@ -1010,7 +1010,7 @@ def test_a_terminal_shows_how_far_the_epoch_is_and_ctrl_c_ends_with_130(folder):
     os.set_blocking(ours, False)
     for name in "ab":
         paint(f"pictures/{name}", 250)
-    process = start(*SMALL, "--data", "pictures", "--workers", 2, err=os.ttyname(its))
+    process = start(*SMALL, "--data", "pictures", "--workers", 1, err=os.ttyname(its))
     shown = b""
 
     def waiting_line():
@@ -1050,11 +1050,9 @@ def test_predict_gives_the_shares_of_plain_torchvision_in_any_folder(finished, f
     picture(7).save("photo.png")
     result = run("--predict", "photo.png", "--output", finished.output)
     assert result.code == 0 and result.err == ""
+    model = torchvision_model(load(finished.output / "best_model.pth")[1])
     with torch.no_grad():
-        logits = torchvision_model(load(finished.output / "best_model.pth")[1])(
-            as_input([picture(7)])
-        )
-    shares, labels = logits[0].softmax(0).sort(descending=True)
+        shares, labels = model(as_input([picture(7)]))[0].softmax(0).sort(descending=True)
     told = "  ".join(rf"{re.escape(SHOWN[label])} (\d+\.\d)%" for label in labels)
     found = re.fullmatch(rf"photo\.png  {told}\n", result.out).groups()
     assert list(map(float, found)) == pytest.approx((shares * 100).tolist(), abs=0.06)
@@ -1066,8 +1064,8 @@ def test_predict_takes_folders_names_what_it_cannot_read_and_classifies_the_rest
     picture().save("good.png")
     Path("some", "notes.txt").write_text("no picture")
     argv = ["good.png", "some", "missing.png", "good.png"]
-    flags = ["--output", finished.output, "--workers", 2, "--predict", *argv]
-    result = end(start(*flags, method="forkserver"))
+    flags = ["--output", finished.output, "--workers", 1, "--predict", *argv]
+    result = end(start(*flags, method="spawn"))
     assert result.code == 1 and "Traceback" not in result.err
     lines = result.out.splitlines()
     names = [line.split("  ")[0] for line in lines]
@@ -1114,8 +1112,8 @@ def test_memory_that_runs_out_is_an_error_whose_advice_works(folder):
     flags = [*SMALL, "--data", "pictures", "--output", "out"]
     large = ["--image-size", 512, "--batch-size", 60]
     assert "--batch-size" in error(end(start(*flags, *large, memory=1 << 30)))
-    smaller = ["--resume", "--image-size", 32, "--batch-size", 8, "--output", "out"]
-    assert end(start(*smaller, memory=1 << 30)).code == 0
+    smaller = ["--resume", "--image-size", 32, "--batch-size", 8]
+    assert run(*smaller, "--output", "out").code == 0
 
 
 def test_an_output_that_is_a_file_is_an_error(finished, folder):
@@ -1131,66 +1129,29 @@ class Evil:
         return os.mkdir, ("executed",)
 
 
-def spoilt(path):
-    """Yield what may lie in a checkpoint's place: names and contents."""
-    checkpoint, state = load(path)
-    yield from {"empty": b"", "text": b"some text", "pickle": pickle.dumps(Evil())}.items()
-    yield "half", path.read_bytes()[: path.stat().st_size // 2]
-    small = {**checkpoint, "model": {**state, "fc.bias": state["fc.bias"][:2]}}
-    contents = {"malicious": {**checkpoint, "more": Evil()}, "foreign": state, "a list": [1, 2]}
-    contents |= {"another shape": small, "numbers": dict.fromkeys(checkpoint, 0)}
-    contents |= {f"without {key}": {**checkpoint, key: None} for key in checkpoint}
-    contents["class names"] = {**checkpoint, "classes": [1, 2, 3]}
-    for key in checkpoint.get("optimizer", ()):
-        contents["optimizer"] = {**checkpoint, "optimizer": {key: {0: "moments"}}}
-    for history in (
-        [1, 2],
-        [{"epoch": 1}],
-        [{**row, "train_loss": "a"} for row in history_of(checkpoint)],
-    ):
-        if "history" in checkpoint:
-            contents[f"history {history}"[:20]] = {**checkpoint, "history": history}
-    if "flags" in checkpoint:
-        contents["flags"] = {**checkpoint, "flags": [1]}
-        moments = checkpoint["optimizer"]["state"]
-        turned = {key: {**value, "exp_avg": torch.zeros(7)} for key, value in moments.items()}
-        contents["moments"] = {
-            **checkpoint,
-            "optimizer": {**checkpoint["optimizer"], "state": turned},
-        }
-    for name, content in contents.items():
-        file = io.BytesIO()
-        torch.save(content, file)
-        yield name, file.getvalue()
-
-
-def history_of(checkpoint):
-    """Return the rows in a checkpoint."""
-    return checkpoint.get("history", [])
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", ["best_model.pth", "last.pth"])
-def test_a_damaged_foreign_or_malicious_checkpoint_is_an_error(finished, folder, name):
+def test_a_damaged_foreign_or_malicious_checkpoint_is_an_error(copy, name):
     flags = {"best_model.pth": ["--predict", "photo.png"], "last.pth": ["--resume"]}
     picture().save("photo.png")
-    shutil.copytree(finished.output, "out")
-    assert run("--output", "out", *flags[name]).code == 0
-    for kind, content in spoilt(finished.output / name):
-        Path("out", name).write_bytes(content)
-        assert error(run("--output", "out", *flags[name])), kind
-        assert not Path("executed").exists(), kind
-
-
-def test_malicious_imagenet_weights_are_an_error(finished, cached):
-    torch.save({"fc.weight": Evil()}, cached)
-    assert "weights" in error(train(*finished.argv, "--weights", "imagenet"))
+    content = (copy / name).read_bytes()
+    checkpoint, state = load(copy / name)
+    flipped = bytearray(content)
+    flipped[len(content) // 3] ^= 1
+    damaged = [b"", b"some text", content[: len(content) // 2], content[:-1], bytes(flipped)]
+    evil = pickle.dumps(Evil())
+    damaged += [evil, evil + hashlib.sha256(evil).digest()]
+    for other in (state, {**checkpoint, "classes": [1, 2, 3]}, {**checkpoint, "more": Evil()}):
+        file = io.BytesIO()
+        torch.save(other, file)
+        damaged.append(file.getvalue())
+    for bad in damaged:
+        (copy / name).write_bytes(bad)
+        assert name in error(run("--output", "out", *flags[name]))
     assert not Path("executed").exists()
 
 
-def test_a_best_model_of_another_run_is_an_error(copy):
-    best = load(copy / "best_model.pth")[0]
-    torch.save({**best, "val_accuracy": best["val_accuracy"] + 0.01}, copy / "best_model.pth")
+def test_a_best_model_of_another_run_is_an_error(orders, copy):
+    shutil.copy(orders.output / "best_model.pth", copy)
     assert "another run" in error(run("--resume", "--output", copy))
 
 
@@ -1200,11 +1161,13 @@ def test_a_last_batch_of_one_picture_and_fewer_pictures_than_a_batch_train(folde
         paint(Path("pictures", name), count)
     result = train("--data", "pictures", "--batch-size", batch)
     assert result.code == 0 and "9 train, 2 val, 2 test" in result.out and len(rows()) == 1
+    if batch == 128:  # a single step, at about the rate that was asked for
+        assert 0.0015 < float(rows()[0]["learning_rate"]) <= 0.003
 
 
 def test_a_loss_that_is_no_number_is_an_error_whose_advice_works_and_the_best_model_stays(copy):
     best = (copy / "best_model.pth").read_bytes()
-    line = error(run("--resume", "--epochs", 5, "--lr", "1e30", "--output", copy))
+    line = error(run("--resume", "--epochs", 5, "--lr", "1e18", "--output", copy))
     assert "--lr" in line and (copy / "best_model.pth").read_bytes() == best
     assert run("--resume", "--epochs", 4, "--lr", 0.001, "--output", copy).code == 0
 
@@ -1228,41 +1191,23 @@ def test_a_full_disk_is_an_error_and_the_older_checkpoints_are_whole(finished, c
         assert load(copy / "last.pth")
 
 
-def shell(command, **variables):
-    """Run a command in a process of its own, which may import the program."""
-    variables = {**os.environ, "PYTHONPATH": str(Path(classify.__file__).parent), **variables}
-    result = subprocess.run(command, capture_output=True, encoding="utf-8", env=variables)
-    return SimpleNamespace(code=result.returncode, out=result.stdout, err=result.stderr)
-
-
-MAIN = "import sys, torch, classify; torch.set_num_threads(1); sys.exit(classify.main())"
-
-
 @linux
-def test_a_c_locale_stray_variables_and_names_in_other_scripts_do_not_matter(finished, folder):
-    stray = {
-        "LC_ALL": "C",
-        "PYTHONUTF8": "0",
-        "PYTHONIOENCODING": "ascii",
-        "RANK": "",
-        "WORLD_SIZE": "x",
-    }
-    stray |= {"LOCAL_RANK": "7", "LOCAL_WORLD_SIZE": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
+def test_closed_stdout_a_c_locale_and_stray_variables_do_not_matter(finished, folder):
     picture().save("photo.png")
-    flags = ["--output", str(finished.output), "--predict", "photo.png"]
-    result = shell([sys.executable, "-c", MAIN, *flags], **stray)
-    assert result.code == 0 and result.out.startswith("photo.png  "), result
-    assert "\\u732b" in result.out
-
-
-@linux
-def test_closed_and_missing_stdout_end_without_a_traceback(finished, folder):
-    picture().save("photo.png")
-    command = f"{sys.executable} -c '{MAIN}' --output '{finished.output}' --predict"
-    command = f"{command} photo.png >&- & {command} {'photo.png ' * 99} | head -1; wait $!"
-    result = shell(["bash", "-c", command])
-    assert result.code == 0 and result.out.startswith("photo.png"), result
-    assert "Traceback" not in result.err
+    main = "import sys, torch, classify; torch.set_num_threads(1); sys.exit(classify.main())"
+    command = f"{sys.executable} -c '{main}' --output '{finished.output}' --predict"
+    command = f"{command} {'photo.png ' * 99} | head -1"
+    stray = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "RANK": ""}
+    stray |= {"WORLD_SIZE": "x", "LOCAL_RANK": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
+    stray |= {"PYTHONPATH": str(Path(classify.__file__).parent), "LOCAL_WORLD_SIZE": "0"}
+    result = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, **stray}
+    )
+    assert result.returncode == 0 and result.stdout.startswith("photo.png  "), result
+    assert "\\u732b" in result.stdout and "Traceback" not in result.stderr
+    with pytest.MonkeyPatch.context() as patch:  # as with >&- or pythonw
+        patch.setattr(sys, "stdout", None)
+        assert classify.main(["--predict", "photo.png", "--output", str(finished.output)]) == 0
 
 
 # ---- going on ------------------------------------------------------------------------------------
@@ -1274,17 +1219,12 @@ def test_a_finished_run_that_is_resumed_is_tested_again(finished, copy):
     assert rows() == rows(finished.output) and same_weights(copy, finished.output)
 
 
-def test_more_epochs_go_on_with_the_schedule_that_is_now_planned(finished, copy, orders):
+def test_more_epochs_go_on_with_the_schedule_that_is_now_planned(finished, copy):
     assert train(*finished.argv, "--resume", "--epochs", 4, "--lr", 0.02).code == 0
     old, new = rows(finished.output), rows()
     assert new[:3] == old and len(new) == 4
-    model = nn.Linear(1, 1)
-    optimizer = torch.optim.Adam(model.parameters())
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=4 * 5 + 1)
-    for _ in range(3 * 5):
-        optimizer.step()
-        scheduler.step()
-    assert float(new[3]["learning_rate"]) == scheduler.get_last_lr()[0]
+    expected = rate_after(3 * 5, 4 * 5, top=0.02)
+    assert float(new[3]["learning_rate"]) == pytest.approx(expected, rel=1e-6)
     assert "--epochs 3" in error(run("--resume", "--epochs", 3, "--output", copy), code=2)
     assert run("--resume", "--output", copy).code == 0 and len(rows()) == 4
 
@@ -1302,17 +1242,13 @@ def test_the_data_may_lie_elsewhere_and_the_batch_be_smaller(finished, copy):
     assert result.code == 0 and "batch size 5" in result.out and len(rows()) == 4
 
 
-def test_what_identifies_a_run_cannot_be_changed(finished, copy):
+def test_what_identifies_a_run_cannot_be_changed(finished, copy, orders):
     for flags in (["--weights", "imagenet"], ["--freeze"]):
         assert flags[0] in error(run("--resume", *flags, "--output", copy), code=2)
     shutil.copytree(finished.argv[1], "other")
     paint(Path("other", "val", CLASSES[0]), 9)
-    assert "other" in error(run("--resume", "--data", "other", "--output", copy))
-    shutil.rmtree("other")
-    shutil.copytree(finished.argv[1], "other")
-    for part in ("train", "val", "test"):
-        os.rename(f"other/{part}/{CLASSES[0]}", f"other/{part}/renamed")
-    assert "other" in error(run("--resume", "--data", "other", "--output", copy))
+    for other in ("other", orders.argv[1]):
+        assert str(other) in error(run("--resume", "--data", other, "--output", copy))
 
 
 def kill_and_resume(*argv, moments, official=()):
@@ -1334,40 +1270,26 @@ def written(name):
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-MOMENTS = [  # before the first batch; while an epoch is saved; when it has just been
-    lambda: written("last.pth"),
-    lambda: len(rows()) >= 1,
-    lambda: len(rows()) >= 2 and written("log.csv") < written("last.pth"),
-]
+BEFORE_THE_FIRST_BATCH = lambda: written("last.pth")  # noqa: E731
+WHILE_AN_EPOCH_IS_SAVED = lambda: len(rows()) >= 1  # noqa: E731
+WHEN_IT_HAS_JUST_BEEN = lambda: rows() and written("log.csv") < written("last.pth")  # noqa: E731
 
 
 @linux
 def test_killed_at_any_moment_a_run_in_memory_ends_in_the_same_bits(served, archive):
     argv = "--data", "cifar10", "--epochs", 3
+    moments = BEFORE_THE_FIRST_BATCH, WHILE_AN_EPOCH_IS_SAVED
     assert served("well", *argv, output="whole").code == 0
-    assert kill_and_resume(*SMALL, *argv, moments=MOMENTS, official=archive[1]).code == 0
+    assert kill_and_resume(*SMALL, *argv, moments=moments, official=archive[1]).code == 0
     assert numbers() == numbers("whole") and same_weights("out", "whole")
 
 
 @linux
 def test_killed_at_any_moment_a_run_with_workers_ends_in_the_same_bits(early, folder):
-    flags = [*SMALL, *early.argv, "--workers", 2]
-    result = kill_and_resume(*flags, moments=MOMENTS[1:])
+    flags = [*SMALL, *early.argv, "--workers", 1]
+    result = kill_and_resume(*flags, moments=[WHEN_IT_HAS_JUST_BEEN])
     assert numbers() == numbers(early.output) and same_weights("out", early.output)
     assert result.code == 0 and report(result.out) == report(early.out)
-
-
-@linux
-def test_killed_a_run_with_undecodable_pictures_goes_on_at_the_same_rates(folder):
-    for name in "ab":
-        paint(f"pictures/train/{name}", 2)
-        paint(f"pictures/val/{name}", 1)
-        for number in range(4):
-            Path(f"pictures/train/{name}/bad{number}.png").write_bytes(b"no picture")
-    flags = [*SMALL, "--data", "pictures", "--batch-size", 2, "--epochs", 4]
-    assert run(*flags, "--output", "whole").code == 0
-    kill_and_resume(*flags, moments=[lambda: len(rows()) >= 2])
-    assert numbers() == numbers("whole") and same_weights("out", "whole")
 
 
 def test_a_move_of_an_earlier_run_that_was_killed_goes_on_and_loses_nothing(copy, monkeypatch):
@@ -1394,14 +1316,12 @@ def test_a_move_of_an_earlier_run_that_was_killed_goes_on_and_loses_nothing(copy
     assert {path.name: path.read_bytes() for path in copy.glob("previous/*")} == kept
 
 
-def test_a_run_that_finished_no_epoch_does_not_push_an_earlier_one_out(finished, copy):
-    run_so_far = load(copy / "last.pth")[0]
+def test_a_run_that_finished_no_epoch_does_not_push_an_earlier_one_out(copy):
     Path(copy, "previous").mkdir()
     os.replace(copy / "best_model.pth", copy / "previous" / "best_model.pth")
     for name in ("log.csv", "mistakes.png"):
         Path(copy, name).unlink(missing_ok=True)
-    torch.save({**run_so_far, "history": []}, copy / "last.pth")
-    assert "previous" not in train(*finished.argv, "--epochs", 1).out
+    classify.move_earlier_run_aside(copy)
     assert Path(copy, "previous", "best_model.pth").exists()
 
 
@@ -1423,26 +1343,19 @@ def torchrun(count, *argv):
         processes.append(start(*argv, **files, variables=variables))
     results = [end(p, f"out{rank}.txt", f"err{rank}.txt") for rank, p in enumerate(processes)]
     assert [result.out for result in results[1:]] == [""] * (count - 1)
-    return SimpleNamespace(
-        code=max(result.code for result in results),
-        out=results[0].out,
-        err="".join(result.err for result in results),
-    )
+    code = max(result.code for result in results)
+    err = "".join(result.err for result in results)
+    return SimpleNamespace(code=code, out=results[0].out, err=err)
 
 
 @linux
 def test_two_processes_train_as_one_does_and_count_each_test_picture_once(cached):
-    paint("pictures/train/a", 0)
-    paint("pictures/train/b", 0)
-    for number, pixels in enumerate(colours(32)):
-        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        image.save(f"pictures/train/{'ab'[number % 2]}/{number}.png")
+    colours("pictures/train", 32)
     for part, count in (("val", 3), ("test", 4)):
         for name in "ab":
             paint(f"pictures/{part}/{name}", count)
     # frozen: so batch-norm, which each process does for itself, is out of the way
-    flags = [*SMALL[:-2], "--workers=0", "--data=pictures", "--weights=imagenet", "--freeze"]
-    flags += ["--epochs=2", "--batch-size=8"]
+    flags = [*SMALL, "--data=pictures", "--weights=imagenet", "--freeze", "--epochs=2"]
     assert run(*flags, "--output=alone").code == 0
     result = torchrun(2, *flags, "--output=out")
     assert result.code == 0 and "processes: 2" in result.out, result
@@ -1453,23 +1366,6 @@ def test_two_processes_train_as_one_does_and_count_each_test_picture_once(cached
     torch.testing.assert_close(one, other)
     alone = run("--resume", "--output", "out")
     assert " of 8)" in alone.out and report(alone.out) == report(result.out)
-
-
-@linux
-def test_two_processes_share_an_epoch_and_their_gradients(finished, folder):
-    result = torchrun(2, *SMALL, *finished.argv, "--epochs", 1, "--output", "out")
-    assert result.code == 0, result
-    state = load("out/last.pth")[1]
-    assert state["bn1.num_batches_tracked"] == 5  # 36 pictures, 4 + 4 in a step
-    losses = []
-    for label, name in enumerate(CLASSES):
-        images = as_input(map(Image.open, (finished.argv[1] / "val" / name).glob("*.png")))
-        with torch.no_grad():
-            logits = torchvision_model(state)(images)
-        losses += (logits.logsumexp(1) - logits[:, label]).tolist()
-    assert float(rows()[0]["val_loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
-    alone = run("--resume", "--output", "out")
-    assert " of 13)" in alone.out and report(alone.out) == report(result.out)
 
 
 @linux
@@ -1490,30 +1386,26 @@ def pair():
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("side", [24, 32, 33, 48, 64, 96])
+@pytest.mark.parametrize("side", [24, 32, 33, 64])
 def test_outputs_and_gradients_are_those_of_torchvision(pair, side, mode):
     torch.manual_seed(0)
-    pixels = torch.randn(4 if side < 96 else 2, 3, side, side, dtype=torch.float64)
-    labels, results = torch.arange(len(pixels)) % 3, []
+    pixels = torch.randn(4, 3, side, side, dtype=torch.float64)
+    results = []
     for model in pair:
         model.train(mode == "train").zero_grad()
         output = model(pixels)
-        nn.functional.cross_entropy(output, labels).backward()
+        nn.functional.cross_entropy(output, torch.tensor([0, 1, 2, 0])).backward()
         gradients = [parameter.grad for parameter in model.parameters()]
         results.append([output, *gradients, *model.buffers()])
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-8)
 
 
-def test_state_dict_has_the_keys_of_torchvision_and_other_weights_are_refused():
-    keys = classify.build_model(3, "none").state_dict().keys()
-    assert list(keys) == list(models.resnet18().state_dict())
+def test_weights_are_torchvisions_key_for_key_and_bit_for_bit_but_for_the_head(cached):
+    state = classify.build_model(3, "imagenet").state_dict()
+    assert list(state) == list(models.resnet18().state_dict()) and len(state["fc.bias"]) == 3
+    assert same(body(state), body(torch.load(cached)))
     with pytest.raises(ValueError):
         classify.build_model(3, "some")
-
-
-def test_imagenet_weights_are_used_bit_for_bit_but_for_the_head(cached):
-    state = classify.build_model(3, "imagenet").state_dict()
-    assert same(body(state), body(torch.load(cached))) and len(state["fc.bias"]) == 3
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
@@ -1537,8 +1429,7 @@ def test_an_epoch_of_the_loop_is_that_of_plain_torchvision_and_plain_adam(bfloat
         loss.backward()
         adam.step()
         losses += [loss.item()] * len(labels)
-    near = 0.1 if bfloat16 else 0.01
-    assert mean == pytest.approx(np.mean(losses), rel=near)
+    assert mean == pytest.approx(np.mean(losses), rel=0.1 if bfloat16 else 0.01)
     moves = [
         torch.cat([(after - before[name]).flatten() for name, after in model.named_parameters()])
         for model in (ours, plain)
@@ -1556,15 +1447,16 @@ def test_the_loops_can_be_lifted_out_alone():
     labels = (images[:, 0] > 0).long()
     batches = DataLoader(TensorDataset(images, labels), batch_size=8, shuffle=True)
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 2))
+    modes = []
+    model[2].register_forward_hook(lambda layer, *_: modes.append(layer.training))
+    model[0].requires_grad_(False)  # which takes no dropout from what follows
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    losses = [
-        space["train_one_epoch"](model, batches, criterion, optimizer, scheduler) for _ in range(9)
-    ]
-    assert losses[-1] < losses[0] and optimizer.param_groups[0]["lr"] == pytest.approx(
-        0.1 * 0.99**72
-    )
+    step = batches, criterion, optimizer, scheduler
+    losses = [space["train_one_epoch"](model, *step) for _ in range(9)]
+    assert losses[-1] < losses[0] and all(modes)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.99**72)
     in_order = DataLoader(TensorDataset(images, labels), batch_size=7)
     loss, true, predictions, confidences = space["evaluate"](model, in_order)
     with torch.no_grad():
@@ -1575,34 +1467,22 @@ def test_the_loops_can_be_lifted_out_alone():
     assert (predictions == labels).float().mean() > 0.9
 
 
-def test_dropout_in_a_new_head_works_on_a_frozen_body():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2))
-    modes = []
-    model[2].register_forward_hook(lambda layer, *_: modes.append(layer.training))
-    model[1].requires_grad_(False)
-    optimizer = torch.optim.Adam(model[3].parameters())
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    batches = [(torch.randn(4, 4), torch.tensor([0, 1, 0, 1]))]
-    classify.train_one_epoch(model, batches, nn.CrossEntropyLoss(), optimizer, scheduler)
-    assert modes == [True]
-
-
 def edits():
     """Return the README's edits: (title, lines that go, lines that come)."""
-    text = README.read_text("utf-8")
-    found = re.findall(r"\*\*(.+?)\*\*[^\n]*\n\n```diff\n(.*?)```", text, re.S)
     sides = []
-    for title, diff in found:
-        lines = diff.splitlines()
-        old = [line[1:] for line in lines if line.startswith("-")]
-        new = [line[1:] for line in lines if line.startswith("+")]
+    for title, diff in re.findall(r"\*\*(.+?)\*\*[^\n]*\n\n```diff\n(.*?)```", README, re.S):
+        old, new = (
+            "".join(line[1:] for line in diff.splitlines(keepends=True) if line[0] == sign)
+            for sign in "-+"
+        )
         sides.append((title, old, new))
     return sides
 
 
-def import_edited(monkeypatch):
-    """Return edited.py in the current folder as a module."""
+def edited(old, new, monkeypatch):
+    """Return the program with some lines replaced, as a module in the current folder."""
+    assert SOURCE.count(old) == 1, f"not in one place: {old}"
+    Path("edited.py").write_text(SOURCE.replace(old, new), "utf-8")
     monkeypatch.syspath_prepend(os.getcwd())
     sys.modules.pop("edited", None)
     return importlib.import_module("edited")
@@ -1622,54 +1502,43 @@ class Stripes(Dataset):
 
 @pytest.mark.parametrize("title, old, new", edits(), ids=lambda value: str(value)[:24])
 def test_each_edit_of_the_readme_is_one_place_and_runs(folder, title, old, new, monkeypatch):
-    source = Path(classify.__file__).read_text("utf-8")
-    before = "\n".join(old) + "\n"
-    assert source.count(before) == 1, f"not in one place: {before}"
-    Path("edited.py").write_text(source.replace(before, "\n".join(new) + "\n"), "utf-8")
-    edited = import_edited(monkeypatch)
+    program = edited(old, new, monkeypatch)
     for name in "ab":
         paint(f"PICTURES/{name}", 10)
-    monkeypatch.setattr(edited, "MyDataset", Stripes, raising=False)
+    monkeypatch.setattr(program, "MyDataset", Stripes, raising=False)
     flags = ["--data", "PICTURES", "--epochs", 1, "--batch-size", 4]
-    result = run(*SMALL, *flags, "--output", "out", program=edited)
+    result = run(*SMALL, *flags, "--output", "out", program=program)
     assert result.code == 0 and "test accuracy" in result.out, result
     picture().save("photo.png")
-    assert run("--predict", "photo.png", "--output", "out", program=edited).code == 0
+    assert run("--predict", "photo.png", "--output", "out", program=program).code == 0
 
 
 def test_the_readme_and_help_name_the_same_flags():
     helped = set(re.findall(r"--[a-z-]+", classify.make_parser().format_help())) - {"--help"}
-    table = set(re.findall(r"^\| `(--[a-z-]+)", README.read_text("utf-8"), re.M))
-    assert helped == table
+    assert helped == set(re.findall(r"^\| `(--[a-z-]+)", README, re.M))
 
 
-def test_the_readmes_way_to_use_the_weights_elsewhere_works(finished, copy, monkeypatch):
-    code = next(
-        c
-        for c in re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.S)
-        if "load_state_dict" in c
-    )
+def test_the_readmes_way_to_use_the_weights_elsewhere_works(copy):
+    [code] = [c for c in re.findall(r"```python\n(.*?)```", README, re.S) if "load_state_dict" in c]
     os.rename("out", "checkpoint")
     picture().save("photo.jpg")
     space = {}
     exec(code, space)
-    shown = run("--predict", "photo.jpg", "--output", "checkpoint").out
     logits = space["logits"][0]
     share = f"{CLASSES[logits.argmax()]} {logits.softmax(0).max():.1%}"
-    assert classify.printable(share) in shown
+    assert classify.printable(share) in run("--predict", "photo.jpg").out
 
 
-def test_an_error_in_edited_code_shows_its_traceback(folder, monkeypatch):
+@pytest.mark.parametrize(
+    "right, wrong, kind",
+    [
+        ("image = ImageOps.fit(image,", "image = ImageOps.fitt(image,", AttributeError),
+        ("nn.Linear(model.fc.in_features, num", "nn.Linear(7, num", RuntimeError),
+    ],
+)
+def test_an_error_in_edited_code_shows_its_traceback(folder, right, wrong, kind, monkeypatch):
     for name in "ab":
         paint(f"pictures/{name}", 4)
-    source = Path(classify.__file__).read_text("utf-8")
-    typos = {
-        "image = ImageOps.fit(image,": ("image = ImageOps.fitt(image,", AttributeError),
-        "nn.Linear(model.fc.in_features, num_classes)": ("nn.Linear(7, num_classes)", RuntimeError),
-    }
-    for right, (wrong, kind) in typos.items():
-        assert source.count(right) == 1
-        Path("edited.py").write_text(source.replace(right, wrong), "utf-8")
-        edited = import_edited(monkeypatch)
-        with pytest.raises(kind):
-            edited.main([*SMALL, "--data", "pictures", "--output", "out"])
+    program = edited(right, wrong, monkeypatch)
+    with pytest.raises(kind):
+        program.main([*SMALL, "--data", "pictures", "--output", "out"])
