@@ -564,6 +564,7 @@ def test_auto_without_a_network_warns_and_trains_on_digits_which_are_always_the_
         "mistakes.png",
     ]
     again = classify.read_data("digits", 1, "out")
+    assert Counter(again.val.tensors[1].tolist()) == dict.fromkeys(range(10), 50)
     _, to_input = classify.make_transforms(1, mirror=False)
     assert torch.equal(to_input(again.test.tensors[0]), auto.seen[-1][1]) and not again.mirror
 
