@@ -51,7 +51,7 @@ class PicturesInFiles(Dataset):
     """
 
     def __init__(self, paths, labels, size, replace=False):
-        # one array of bytes: of a list of names each loader worker would come to have a copy
+        # one array of bytes: a list of names would be copied into each loader worker
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
         self.size = size
@@ -68,14 +68,14 @@ class PicturesInFiles(Dataset):
         except OSError as error:
             warnings.warn(f"{path} is left out: {error}", stacklevel=1)
             if self.replace:  # by one far away, for neighbours are often damaged together
-                return self[(index + 2**31 - 1) % len(self)]  # a prime: all may have their turn
+                return self[(index + 2**31 - 1) % len(self)]  # a prime step can reach all
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), UNDECODABLE
         image = ImageOps.fit(image, (self.size, self.size))
         return v2.functional.pil_to_tensor(image), int(self.labels[index])
 
 
 def make_transforms(size, mirror):
-    """Return what varies the pictures in training, and what makes any pictures the input."""
+    """Return two transforms: random changes for training, and the way to the network's input."""
     resize = v2.Resize([size, size])  # pictures of this size already are left as they are
     augment = [v2.RandomCrop(size, padding=max(1, size // 32), padding_mode="edge")]
     if mirror:
@@ -99,7 +99,7 @@ class Batches:
         """Yield images, float B×3×S×S, and labels, int64 B."""
         for images, labels in show_progress(self.loader):
             images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-            if self.augment:  # it draws its random numbers once a call: the same for 16 pictures
+            if self.augment:  # each call makes one random choice for its 16 pictures
                 images = torch.cat([self.augment(group) for group in images.split(16)])
             yield self.to_input(images), labels.to(self.device, non_blocking=True)
 
@@ -121,8 +121,8 @@ def build_model(num_classes, weights, freeze=False):
     if freeze:
         model.requires_grad_(False)
     model.fc = nn.Linear(model.fc.in_features, num_classes)  # the head; new, so never frozen
-    skip_taps_on_padding(model)  # the same results, faster
-    return model.to(memory_format=torch.channels_last)
+    skip_taps_on_padding(model)  # the same results, without multiplying zeros
+    return model.to(memory_format=torch.channels_last)  # the same shapes, a faster layout
 
 
 # ---- 5. training (3. loss and 4. optimizer are in `main`) ----------------------------------------
@@ -180,7 +180,7 @@ def evaluate(model, batches):
 def main(argv=None):
     """Run the program with these flags, or those typed; return 0 or raise SystemExit."""
     with endings_in_one_line():
-        # unless torchrun starts several, this is process 0 of 1, and `on_process_0` simply calls
+        # normally there is one process, and on_process_0(f, x) is f(x); torchrun starts several
         rank, world = join_processes()
         args, saved = on_process_0(parse_args, argv)  # saved: the run to go on with, or None
         use_cuda = torch.cuda.is_available() and args.device != "cpu"
@@ -205,16 +205,17 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         weights = "none" if saved else args.weights  # a resumed run has weights of its own
         model = on_process_0(build_model, len(data.classes), weights, args.freeze).to(device)
-        replica = DistributedDataParallel(model) if world > 1 else model
+        replica = DistributedDataParallel(model) if world > 1 else model  # the same weights
         # 3. loss
-        criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-        # 4. optimizer, and the schedule of its learning rate, which ends near 0 after the last step
+        criterion = nn.CrossEntropyLoss(label_smoothing=0.1)  # smoothing keeps it above 0
+        # 4. optimizer, and the schedule of its learning rate
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        decay = {"weight_decay": 0.2, "decoupled_weight_decay": True}
-        optimizer = torch.optim.Adam(trainable, lr=args.lr, fused=True, **decay)
-        steps = args.epochs * len(train_loader) + 1
+        optimizer = torch.optim.Adam(
+            trainable, lr=args.lr, weight_decay=0.2, decoupled_weight_decay=True, fused=True
+        )
+        steps = args.epochs * len(train_loader) + 1  # the last rate, nearly 0, is not used
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
-        # 5. training; the run knows the best epoch, saves it, and says when to stop
+        # 5. training; run.epochs() ends early if need be, run.record() saves the best model
         print(describe(args, data, model, device, world), flush=True)
         run = Run(args, data, model, optimizer, scheduler)
         run.begin(saved, len(train_loader))
