@@ -19,12 +19,14 @@ import io
 import math
 import multiprocessing.queues
 import os
+import pickle
 import signal
 import socket
 import sys
 import time
 import unicodedata
 import warnings
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -352,29 +354,31 @@ LAYOUTS = "a data set is DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg with val and 
 def read_folder(root, output):
     """Return paths, labels, parts and classes of DIR/CLASS/** or DIR/train|val|test/CLASS/**."""
     ours = [os.path.realpath(output), os.path.realpath(os.path.join(output, "previous"))]
-    parts = {part: list_folders(path, ours) for part, path in find_parts(root, ours).items()}
-    classes = sorted(set().union(*parts.values()))
+    tops = find_parts(root, ours)
+    folders = {part: list_folders(top, ours) for part, top in tops.items()}
+    classes = sorted(set().union(*folders.values()))
     if len(classes) < 2:
         stop(f"{root} needs two or more classes and has {classes}; {LAYOUTS}")
-    seen = dict.fromkeys([*ours, os.path.realpath(root)])
-    for part, folders in parts.items():
+    seen = {os.path.realpath(path): path for path in [*ours, root, *tops.values()]}
+    for part in tops:
         for name in classes:
-            if name not in folders:
+            if name not in folders[part]:
                 stop(f"{root}: {part} has no folder {name}, as another part has; {LAYOUTS}")
-            real = os.path.realpath(folders[name])
-            if real in seen:
-                stop(f"{folders[name]} and {seen[real]} are one and the same folder; remove one")
-            seen[real] = folders[name]
+            path = folders[part][name]
+            same = seen.setdefault(os.path.realpath(path), path)
+            if same != path:
+                stop(f"{path} and {same} are one and the same folder; remove one")
     found = []
     left_out = []
-    for part, folders in parts.items():
+    for part in tops:
         for label, name in enumerate(classes):
-            files = list_files(folders[name], seen)
+            files = list_files(folders[part][name], seen)
             pictures = [path for path in files if is_picture(path)]
             check_some(pictures, files, f"class {name} of {root} ({part})")
             found += [(path, label, part) for path in pictures]
             left_out += [path for path in files if not is_picture(path)]
-    left_out += list_files(root, seen)
+    for top in {root, *tops.values()}:
+        left_out += list_files(top, seen)
     if left_out:
         names = ", ".join(left_out[:20]) + ", ..." * (len(left_out) > 20)
         why = "in no folder of a class (see --predict), or of no kind that Pillow knows"
@@ -392,7 +396,7 @@ def find_parts(root, ours):
     others = [name for name in folders if name not in named]
     if not named or (others and parts == ["train"] and flat):
         return {"train": root}  # a class may be called train
-    files = {name: list_files(folders[name], dict.fromkeys(ours)) for name in others}
+    files = {name: list_files(folders[name], ours) for name in others}
     odd = [name for name in others if any(map(is_picture, files[name]))]
     # a test folder without classes is left out, for it cannot tell the accuracy
     odd += [name for name in flat if PARTS[name.lower()] != "test"]
@@ -411,19 +415,18 @@ def list_folders(folder, ours):
     return {unicodedata.normalize("NFC", os.path.basename(path)): path for path in sorted(paths)}
 
 
-def list_files(folder, seen):
-    """Return the visible files below a folder, but for folders in `seen`, which grows.
+def list_files(folder, skip):
+    """Return the visible files below a folder, but not below folders with a real path in `skip`.
 
-    Its keys are real paths, for a link may lead round in a circle, or to a folder of another class.
+    A link to a folder stands there as a file: it may lead round in a circle, or to another class.
     """
     found = []
-    for path, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        for name in sorted(folders):
-            real = os.path.realpath(os.path.join(path, name))
-            if real in seen or name.startswith(HIDDEN):
-                folders.remove(name)
-            seen[real] = path
-        found += [os.path.join(path, name) for name in files if not name.startswith(HIDDEN)]
+    for path, folders, files in os.walk(folder, onerror=stop):
+        paths = {name: os.path.join(path, name) for name in [*folders, *files]}
+        folders[:] = [name for name in folders if os.path.realpath(paths[name]) not in skip]
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        files += [name for name in folders if os.path.islink(paths[name])]
+        found += [paths[name] for name in files if not name.startswith(HIDDEN)]
     return sorted(found)
 
 
@@ -545,7 +548,8 @@ def prepare_worker(worker):
     warnings.showwarning = show_warning
     sys.excepthook = lambda *_: None  # of a thread that sends when the main process has gone
     # a worker whose batch cannot be sent would go on, and the main process wait for the batch
-    multiprocessing.queues.Queue._on_queue_feeder_error = lambda error, batch: os._exit(1)
+    leave = staticmethod(lambda error, batch: os._exit(1))
+    multiprocessing.queues.Queue._on_queue_feeder_error = leave
 
 
 # ---- what is left unsaid -------------------------------------------------------------------------
@@ -556,7 +560,7 @@ def fetch_weights(weights):
     try:
         bar = sys.stderr is not None and sys.stderr.isatty()
         return weights.get_state_dict(progress=bar, check_hash=True, weights_only=True)
-    except Exception as error:
+    except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         hint = "try later, or give --weights none"
         stop(f"the ImageNet weights cannot be had ({reason(error)}); {hint}")
 
@@ -622,6 +626,8 @@ def report(labels, predictions, classes):
     names = [printable(name) for name in classes]
     count = len(names)
     decoded = labels != UNDECODABLE
+    if not decoded.any():
+        stop("no test picture can be decoded; give others")
     pairs = labels[decoded] * count + predictions[decoded]
     confusion = torch.bincount(pairs, minlength=count * count).view(count, count)  # true×predicted
     right = confusion.diag()
@@ -680,14 +686,14 @@ def predict(args, device):
 
     Returns 0; ends the program with 1 if there are files that cannot be decoded.
     """
-    best = load_checkpoint(Path(args.output, "best_model.pth"))
+    best = load_checkpoint(Path(args.output, "best_model.pth"), "image_size")
     classes = best["classes"]
     model = build_model(len(classes), "none")
     model.load_state_dict(best["model"])
     model.to(device).eval()
     paths = []
     for path in args.predict:
-        paths += list_files(path, {}) if os.path.isdir(path) else [path]
+        paths += list_files(path, []) if os.path.isdir(path) else [path]
     workers = choose_workers(device, len(paths)) if args.workers is None else args.workers
     pictures = PicturesInFiles(paths, range(len(paths)), best["image_size"])  # label: which path
     _, to_input = make_transforms(best["image_size"], mirror=False)
@@ -825,7 +831,7 @@ class Run:
         if row is None:
             stop("no epoch was validated; go on with --resume and more --epochs")
         path = self.output / "best_model.pth"
-        best = load_checkpoint(path)
+        best = load_checkpoint(path, "image_size")
         if (best["epoch"], best["val_accuracy"]) != (row["epoch"], row["val_accuracy"]):
             stop(f"{path} is of another run; start a new one")
         self.model.load_state_dict(best["model"])
@@ -879,14 +885,14 @@ def write_checkpoint(path, checkpoint):
     write(path, content + hashlib.sha256(content).digest())
 
 
-def load_checkpoint(path):
-    """Return a checkpoint that `write_checkpoint` wrote; nothing in it is executed."""
+def load_checkpoint(path, key):
+    """Return a checkpoint that `write_checkpoint` wrote, with this key; nothing is executed."""
     try:
         content = path.read_bytes()
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # of what is none, torch.load raises nearly anything
         stop(f"cannot use {path} ({reason(error)}); train first, or name another --output")
-    if content[-32:] != hashlib.sha256(content[:-32]).digest():
+    if content[-32:] != hashlib.sha256(content[:-32]).digest() or key not in checkpoint:
         stop(f"{path} is damaged, or not of this program; train again, or name another --output")
     return checkpoint
 
@@ -997,7 +1003,7 @@ def endings_in_one_line():
         text = str(error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in text:
             stop("memory ran out; go on with --resume and a smaller --batch-size or --image-size")
-        if text.startswith(WORKER_DIED) or "shared memory" in text:
+        if text.startswith(WORKER_DIED) or SHARED_MEMORY in text:
             hint = "give --workers 0, or more shared memory (/dev/shm)"
             stop(f"a loader worker died, or could not send its pictures; {hint}")
         raise
@@ -1005,6 +1011,7 @@ def endings_in_one_line():
 
 NETWORK_TIMEOUT = 15  # seconds that an address of a server may stay silent
 NO_MEMORY = "DefaultCPUAllocator"  # what torch says of the host's; for a card's it has a class
+SHARED_MEMORY = "</torch_"  # so torch's files in shared memory are called
 WORKER_DIED = ("DataLoader worker (pid", "DataLoader timed out")
 
 
@@ -1049,7 +1056,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     saved = None
     if args.resume and not args.predict:
-        saved = load_checkpoint(Path(args.output, "last.pth"))
+        saved = load_checkpoint(Path(args.output, "last.pth"), "flags")
         own = saved["flags"]
         parser.set_defaults(**{**own, "output": args.output})
         args = parser.parse_args(argv)

@@ -637,12 +637,19 @@ def test_parts_and_classes_that_are_the_same_folder_are_refused(folder, link):
 
 
 @linux
-def test_links_that_lead_round_in_a_circle_or_to_another_class_are_not_followed(folder):
-    layout({"a": 10, "b": 10})
-    os.symlink("..", "pictures/a/up")
-    os.symlink("../b", "pictures/a/other")
-    os.symlink("..", "pictures/b/up")
-    assert [len(part) for part in layout({})[1:4]] == [16, 2, 2]
+def test_links_within_a_class_are_not_followed_and_a_class_or_part_may_be_a_link(folder):
+    paint("elsewhere/b/deep", 10)
+    paint("elsewhere/val/a", 1)
+    paint("elsewhere/val/b", 1)
+    paint("pictures/train/a", 10)
+    os.symlink("../../elsewhere/b", "pictures/train/b")
+    os.symlink("../elsewhere/val", "pictures/val")
+    os.symlink("..", "pictures/train/a/up")
+    os.symlink("../b", "pictures/train/a/other")
+    os.symlink("../../../elsewhere/b/deep", "pictures/train/a/deep")
+    with pytest.warns(UserWarning, match=r"^1 files are left out.*: pictures/train/a/deep$"):
+        data = classify.read_data("pictures", 32, "out")
+    assert [len(part) for part in data[1:4]] == [18, 2, 2]
 
 
 def test_a_name_means_the_same_however_its_accents_are_written(folder):
@@ -1087,15 +1094,24 @@ def test_ctrl_c_while_a_checkpoint_is_written_ends_with_130(finished, folder):
 
 
 @linux
-def test_a_loader_worker_that_is_killed_is_an_error_that_names_a_remedy(folder):
+@pytest.mark.parametrize("how", ["killed", "cannot send"])
+def test_a_loader_worker_that_is_lost_is_an_error_that_names_a_remedy(folder, how):
+    import resource
+
     for name in "ab":
         paint(f"pictures/{name}", 30)
     flags = ["--data", "pictures", "--epochs", 99, "--patience", 0]
     process = start(*SMALL, *flags, "--output", "out", "--workers", 1)
     assert until(rows, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    worker = int(children.read_text().split()[0])
+    if how == "killed":
+        os.kill(worker, signal.SIGKILL)
+    else:  # as where /dev/shm is full
+        resource.prlimit(worker, resource.RLIMIT_FSIZE, (1, 1))
+    start_of_wait = time.monotonic()
     line = error(end(process))
+    assert time.monotonic() - start_of_wait < 60  # the loader itself would wait for 300 seconds
     assert "--workers 0" in line and "shared memory" in line
     assert run("--resume", "--workers", 0, "--epochs", len(rows()), "--output", "out").code == 0
 
@@ -1139,6 +1155,7 @@ def test_a_damaged_foreign_or_malicious_checkpoint_is_an_error(copy, name):
         file = io.BytesIO()
         torch.save(other, file)
         damaged.append(file.getvalue())
+    damaged += [(copy / other).read_bytes() for other in flags if other != name]
     for bad in damaged:
         (copy / name).write_bytes(bad)
         assert name in error(run("--output", "out", *flags[name]))
