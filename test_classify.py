@@ -65,6 +65,7 @@ def offline():
             tempfile.tempdir = "/dev/shm"
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as cache:
         patch.setenv("TORCH_HOME", cache)
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # so `start` finds this file
         patch.setenv("no_proxy", "127.0.0.1")
         patch.setenv("http_proxy", "http://127.0.0.1:9")
         patch.setenv("https_proxy", "http://127.0.0.1:9")
@@ -1211,7 +1212,7 @@ def test_closed_stdout_a_c_locale_and_stray_variables_do_not_matter(finished, fo
     command = f"{command} {'photo.png ' * 99} | head -1"
     stray = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "RANK": ""}
     stray |= {"WORLD_SIZE": "x", "LOCAL_RANK": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
-    stray |= {"PYTHONPATH": str(Path(classify.__file__).parent), "LOCAL_WORLD_SIZE": "0"}
+    stray |= {"LOCAL_WORLD_SIZE": "0"}
     result = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, **stray}
     )
@@ -1226,9 +1227,12 @@ def test_closed_stdout_a_c_locale_and_stray_variables_do_not_matter(finished, fo
 
 
 def test_a_finished_run_that_is_resumed_is_tested_again(finished, copy):
-    result = run("--resume", "--workers", 1, "--output", copy)
+    os.rename(copy, "checkpoint")  # where it is looked for, wherever it was before
+    result = run("--resume", "--workers", 1)
     assert result.code == 0 and report(result.out) == report(finished.out)
-    assert rows() == rows(finished.output) and same_weights(copy, finished.output)
+    assert os.path.join("checkpoint", "mistakes.png") in result.out
+    assert rows("checkpoint") == rows(finished.output)
+    assert same_weights("checkpoint", finished.output)
 
 
 def test_more_epochs_go_on_with_the_schedule_that_is_now_planned(finished, copy):
@@ -1247,20 +1251,25 @@ def test_after_an_early_stop_more_epochs_go_on_and_are_counted_anew(early, folde
     assert run("--resume", "--epochs", 12, "--output", "out").code == 0 and len(rows()) == 6
 
 
-def test_the_data_may_lie_elsewhere_and_the_batch_be_smaller(finished, copy):
+def test_the_data_may_lie_elsewhere_and_the_batch_be_smaller(finished, copy, monkeypatch):
     shutil.copytree(finished.argv[1], "moved")
     flags = ["--data", "moved/", "--batch-size", 5, "--epochs", 4]
     result = run("--resume", *flags, "--output", copy)
     assert result.code == 0 and "batch size 5" in result.out and len(rows()) == 4
+    monkeypatch.chdir(copy)  # from where "moved" is another folder
+    assert run("--resume", "--output", ".").code == 0
 
 
-def test_what_identifies_a_run_cannot_be_changed(finished, copy, orders):
+def test_what_identifies_a_run_cannot_be_changed(finished, copy):
     for flags in (["--weights", "imagenet"], ["--freeze"]):
         assert flags[0] in error(run("--resume", *flags, "--output", copy), code=2)
     shutil.copytree(finished.argv[1], "other")
     paint(Path("other", "val", CLASSES[0]), 9)
-    for other in ("other", orders.argv[1]):
-        assert str(other) in error(run("--resume", "--data", other, "--output", copy))
+    shutil.copytree(finished.argv[1], "renamed")
+    for part in ("train", "val", "test"):
+        os.rename(f"renamed/{part}/{CLASSES[0]}", f"renamed/{part}/another")
+    for other in ("other", "renamed"):
+        assert other in error(run("--resume", "--data", other, "--output", copy))
 
 
 def kill_and_resume(*argv, moments, official=()):
