@@ -377,7 +377,7 @@ def read_folder(root, output):
             check_some(pictures, files, f"class {name} of {root} ({part})")
             found += [(path, label, part) for path in pictures]
             left_out += [path for path in files if not is_picture(path)]
-    for top in {root, *tops.values()}:
+    for top in sorted({root, *tops.values()}):
         left_out += list_files(top, seen)
     if left_out:
         names = ", ".join(left_out[:20]) + ", ..." * (len(left_out) > 20)
