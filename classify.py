@@ -26,13 +26,14 @@ import sys
 import time
 import unicodedata
 import warnings
+import zlib
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
@@ -461,28 +462,59 @@ def open_picture(path, size):
     """
     if not os.path.isfile(path):  # a pipe would never answer
         raise OSError("it is not a file")
-    with open(path, "rb") as file:
-        try:
-            ImageFile.LOAD_TRUNCATED_IMAGES = True  # damaged metadata is passed over,
-            image = Image.open(file)
-            ImageFile.LOAD_TRUNCATED_IMAGES = False  # damaged pixels are not
-            image.draft("RGB", (size, size))  # lets the JPEG reader skip detail that is not needed
-            image.load()
-        except Exception as error:  # of a damaged file Pillow raises nearly anything
-            raise OSError(reason(error)) from error
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = False
-        with contextlib.suppress(Exception):  # of damaged metadata, too
-            ImageOps.exif_transpose(image, in_place=True)
+    file = io.BytesIO(without_metadata(Path(path).read_bytes()))
+    try:
+        image = Image.open(file)
+        image.draft("RGB", (size, size))  # lets the JPEG reader skip detail that is not needed
+        image.load()
+    except UnidentifiedImageError as error:
+        raise OSError("Pillow cannot identify it") from error
+    except Exception as error:  # of a damaged file Pillow raises nearly anything
+        raise OSError(reason(error)) from error
+    with contextlib.suppress(Exception):  # of damaged metadata, too
+        ImageOps.exif_transpose(image, in_place=True)
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 is bits, 262 whether 0 is white or black
     if deep and tags.get(258, (16,)) == (16,) and tags.get(262, 1) == 1:
         return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
-    if deep or image.mode in ("I", "F", "LAB", "HSV"):
+    # Pillow mixes up the bytes of three planes of 16 bits, if they are not compressed
+    planes = (tags.get(258), tags.get(259), tags.get(284)) == ((16, 16, 16), 1, 2)
+    if deep or planes or image.mode in ("I", "F", "LAB", "HSV"):
         raise OSError(f"the range of its values (mode {image.mode}) is not known")
     if image.mode == "La":  # grey, multiplied by its transparency
         image = image.convert("LA")
     return image.convert("RGB")
+
+
+def without_metadata(content):
+    """Return what is in a JPEG or PNG file but for metadata, which may be damaged; EXIF stays.
+
+    Beside pixels and EXIF stays what a JPEG file says of its colours, JFIF (E0) and Adobe (EE).
+    Other files are returned as they are.
+    """
+    kept = [content[:8]]
+    place = 8
+    if content.startswith(b"\xff\xd8"):
+        kept = [content[:2]]
+        place = 2
+        while content[place : place + 1] == b"\xff":  # segments, up to the pixels (DA)
+            kind = content[place + 1 : place + 2]
+            end = place + 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+            if kind in (b"\xda", b"\xff"):
+                break
+            whole = end - place >= 16
+            if not b"\xe0" <= kind <= b"\xef" or (kind in b"\xe0\xe1\xee" and whole):
+                kept.append(content[place:end])
+            place = end
+    elif content.startswith(b"\x89PNG"):
+        while place < len(content):  # chunks; those of the pixels have a capital letter in front
+            end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+            chunk = content[place:end]
+            sound = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+            if chunk[4:5].isupper() or (chunk[4:8] == b"eXIf" and sound):
+                kept.append(chunk)
+            place = end
+    return b"".join([*kept, content[place:]])
 
 
 # ---- speed ---------------------------------------------------------------------------------------
@@ -565,24 +597,18 @@ def fetch_weights(weights):
         stop(f"the ImageNet weights cannot be had ({reason(error)}); {hint}")
 
 
-def choose_weights(weights, freeze):
-    """Return "imagenet" or "none": for "auto" what can be had, with a warning if it is none."""
-    if weights != "auto":
-        return weights
-    try:
-        build_model(1, "imagenet")
-        return "imagenet"
-    except SystemExit as problem:
-        if freeze:
-            raise
-        show_banner(problem, "Starting from RANDOM weights instead, which need more pictures.")
-        return "none"
-
-
 def choose_defaults(args, data, device, world):
     """Return the flags with those left unsaid chosen: the place to change a default."""
-    args.flags["data"] = data.name
-    args.flags["weights"] = args.weights = choose_weights(args.weights, args.freeze)
+    if args.weights == "auto":
+        args.weights = "imagenet"
+        try:
+            build_model(1, "imagenet")
+        except SystemExit as problem:
+            if args.freeze:
+                raise
+            show_banner(problem, "Starting from RANDOM weights instead, which need more pictures.")
+            args.weights = "none"
+    args.flags |= {"data": data.name, "weights": args.weights}
     args.image_size = data.image_size
     args.bfloat16 = has_native_bfloat16(device)
     count = len(data.train)
