@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import csv
 import datetime
+import errno
 import hashlib
 import io
 import math
@@ -381,7 +382,9 @@ def read_folder(root, output):
     for top in sorted({root, *tops.values()}):
         left_out += list_files(top, seen)
     if left_out:
-        names = ", ".join(left_out[:20]) + ", ..." * (len(left_out) > 20)
+        names = ", ".join(left_out[:20])
+        if len(left_out) > 20:
+            names += ", ..."
         why = "in no folder of a class (see --predict), or of no kind that Pillow knows"
         warnings.warn(f"{len(left_out)} files are left out, {why}: {names}", stacklevel=1)
     paths, labels, parts = zip(*found)
@@ -631,7 +634,9 @@ def choose_defaults(args, data, device, world):
 
 def describe(args, data, model, device, world):
     """Return the lines that say what was chosen."""
-    names = ", ".join(data.classes[:10]) + ", ..." * (len(data.classes) > 10)
+    names = ", ".join(data.classes[:10])
+    if len(data.classes) > 10:
+        names += ", ..."
     sizes = f"{len(data.train)} train, {len(data.val)} val, {len(data.test)} test"
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     precision = "bfloat16 in training" if args.bfloat16 else "float32"
@@ -824,7 +829,9 @@ class Run:
         self.history.append(row)
         on_process_0(self.save)
         line += f"  {row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
-        print(line + "  (best)" * (row is self.best()), flush=True)
+        if row is self.best():
+            line += "  (best)"
+        print(line, flush=True)
 
     def save(self):
         """Write log.csv, last.pth and, if the last epoch is the best, best_model.pth.
@@ -1025,20 +1032,20 @@ def endings_in_one_line():
     except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
         sys.stdout = open(os.devnull, "w")
         stop("nobody reads what is printed any more")
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         text = str(error)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in text:
+        if isinstance(error, MemoryError) or any(sign in text for sign in NO_MEMORY):
             stop("memory ran out; go on with --resume and a smaller --batch-size or --image-size")
-        if text.startswith(WORKER_DIED) or SHARED_MEMORY in text:
+        if any(sign in text for sign in WORKER_LOST):
             hint = "give --workers 0, or more shared memory (/dev/shm)"
             stop(f"a loader worker died, or could not send its pictures; {hint}")
         raise
 
 
 NETWORK_TIMEOUT = 15  # seconds that an address of a server may stay silent
-NO_MEMORY = "DefaultCPUAllocator"  # what torch says of the host's; for a card's it has a class
-SHARED_MEMORY = "</torch_"  # so torch's files in shared memory are called
-WORKER_DIED = ("DataLoader worker (pid", "DataLoader timed out")
+# what torch and the system say where memory runs out, and where a loader worker is lost
+NO_MEMORY = ["DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", os.strerror(errno.ENOMEM)]
+WORKER_LOST = ["DataLoader worker (pid", "DataLoader timed out", "</torch_"]  # a shared file
 
 
 # ---- flags ---------------------------------------------------------------------------------------
