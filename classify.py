@@ -44,7 +44,7 @@ from torchvision.transforms import v2
 # ---- 1. data -------------------------------------------------------------------------------------
 
 
-UNDECODABLE = -100  # a label that cross entropy ignores
+UNDECODABLE = -100  # the label that cross entropy ignores (its ignore_index)
 
 
 class PicturesInFiles(Dataset):
@@ -55,7 +55,7 @@ class PicturesInFiles(Dataset):
     """
 
     def __init__(self, paths, labels, size, replace=False):
-        # one array of bytes: a list of names would be copied into each loader worker
+        # one array, whose memory the DataLoader's processes share; a list they would copy
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
         self.size = size
@@ -71,8 +71,8 @@ class PicturesInFiles(Dataset):
             image = open_picture(path, self.size)
         except OSError as error:
             warnings.warn(f"{path} is left out: {error}", stacklevel=1)
-            if self.replace:  # by one far away, for neighbours are often damaged together
-                return self[(index + 2**31 - 1) % len(self)]  # a prime step can reach all
+            if self.replace:  # by one far away, for neighbours are often damaged together;
+                return self[(index + 2**31 - 1) % len(self)]  # steps of a prime reach them all
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), UNDECODABLE
         image = ImageOps.fit(image, (self.size, self.size))
         return v2.functional.pil_to_tensor(image), int(self.labels[index])
@@ -80,7 +80,7 @@ class PicturesInFiles(Dataset):
 
 def make_transforms(size, mirror):
     """Return two transforms: random changes for training, and the way to the network's input."""
-    resize = v2.Resize([size, size])  # pictures of this size already are left as they are
+    resize = v2.Resize([size, size])  # of pictures in memory; files have this size already
     augment = [v2.RandomCrop(size, padding=max(1, size // 32), padding_mode="edge")]
     if mirror:
         augment.append(v2.RandomHorizontalFlip())
@@ -103,7 +103,7 @@ class Batches:
         """Yield images, float B×3×S×S, and labels, int64 B."""
         for images, labels in show_progress(self.loader):
             images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-            if self.augment:  # each call makes one random choice for its 16 pictures
+            if self.augment:  # one random choice for 16 pictures: one for each would take long
                 images = torch.cat([self.augment(group) for group in images.split(16)])
             yield self.to_input(images), labels.to(self.device, non_blocking=True)
 
@@ -125,7 +125,7 @@ def build_model(num_classes, weights, freeze=False):
     if freeze:
         model.requires_grad_(False)
     model.fc = nn.Linear(model.fc.in_features, num_classes)  # the head; new, so never frozen
-    skip_taps_on_padding(model)  # the same results, without multiplying zeros
+    skip_taps_on_padding(model)  # only for speed: the same results, without multiplying zeros
     return model.to(memory_format=torch.channels_last)  # the same shapes, a faster layout
 
 
@@ -139,7 +139,7 @@ def train_one_epoch(model, batches, criterion, optimizer, scheduler, bfloat16=Fa
     which is faster where the processor has it natively; the weights stay float32.
     """
     model.train()
-    for layer in model.modules():  # a frozen batch-norm keeps its mean and variance, too
+    for layer in model.modules():  # a frozen batch-norm would still change its mean and variance
         if isinstance(layer, nn.BatchNorm2d) and layer.affine and not layer.weight.requires_grad:
             layer.eval()
     total_loss = 0.0
@@ -151,7 +151,7 @@ def train_one_epoch(model, batches, criterion, optimizer, scheduler, bfloat16=Fa
         loss.backward()
         optimizer.step()
         scheduler.step()
-        total_loss += loss.detach() * len(labels)
+        total_loss += loss.detach() * len(labels)  # .item() would wait for the card
         count += len(labels)
     return float(total_loss / max(count, 1))
 
@@ -173,7 +173,7 @@ def evaluate(model, batches):
         labels.append(targets)
     logits = torch.cat(logits).cpu()
     labels = torch.cat(labels).cpu()
-    loss = nn.functional.cross_entropy(logits, labels).item()
+    loss = nn.functional.cross_entropy(logits, labels).item()  # plain, however one trains
     confidences, predictions = logits.softmax(dim=1).max(dim=1)
     return loss, labels, predictions, confidences
 
@@ -182,9 +182,9 @@ def evaluate(model, batches):
 
 
 def main(argv=None):
-    """Run the program with these flags, or those typed; return 0 or raise SystemExit."""
+    """Run the program with the flags in `argv`, or those typed; return 0 or raise SystemExit."""
     with endings_in_one_line():
-        # normally there is one process, and on_process_0(f, x) is f(x); torchrun starts several
+        # normally rank is 0, world is 1, and on_process_0(f, x) is f(x); torchrun starts several
         rank, world = join_processes()
         args, saved = on_process_0(parse_args, argv)  # saved: the run to go on with, or None
         use_cuda = torch.cuda.is_available() and args.device != "cpu"
@@ -192,7 +192,7 @@ def main(argv=None):
         if args.predict:
             return on_process_0(predict, args, device)
         # 1. data
-        data = on_process_0(read_data, args.data, args.image_size, args.output)
+        data = on_process_0(read_data, args.data, args.image_size, args.output)  # a `Data`
         args = on_process_0(choose_defaults, args, data, device, world)
         batch_size = args.batch_size // world
         sampler = DistributedSampler(data.train, world, rank, shuffle=True, seed=args.seed)
@@ -209,17 +209,17 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         weights = "none" if saved else args.weights  # a resumed run has weights of its own
         model = on_process_0(build_model, len(data.classes), weights, args.freeze).to(device)
-        replica = DistributedDataParallel(model) if world > 1 else model  # the same weights
+        replica = DistributedDataParallel(model) if world > 1 else model  # on the same weights
         # 3. loss
-        criterion = nn.CrossEntropyLoss(label_smoothing=0.1)  # smoothing keeps it above 0
-        # 4. optimizer, and the schedule of its learning rate
+        criterion = nn.CrossEntropyLoss(label_smoothing=0.1)  # smoothed, it never falls to 0
+        # 4. optimizer (Adam; what decays is multiplied by the rate), and the schedule of its rate
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(
             trainable, lr=args.lr, weight_decay=0.2, decoupled_weight_decay=True, fused=True
         )
-        steps = args.epochs * len(train_loader) + 1  # the last rate, nearly 0, is not used
+        steps = args.epochs * len(train_loader) + 1  # one more than are taken: its rate is nearly 0
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
-        # 5. training; run.epochs() ends early if need be, run.record() saves the best model
+        # 5. training; a Run begins or goes on, ends early if need be, and saves the best model
         print(describe(args, data, model, device, world), flush=True)
         run = Run(args, data, model, optimizer, scheduler)
         run.begin(saved, len(train_loader))
@@ -490,10 +490,10 @@ def open_picture(path, size):
 
 
 def without_metadata(content):
-    """Return what is in a JPEG or PNG file but for metadata, which may be damaged; EXIF stays.
+    """Return a JPEG or PNG file without its metadata, which may be damaged, except for EXIF.
 
-    Beside pixels and EXIF stays what a JPEG file says of its colours, JFIF (E0) and Adobe (EE).
-    Other files are returned as they are.
+    What a JPEG file says of its colours, JFIF (E0) and Adobe (EE), stays, too. Other files are
+    returned as they are.
     """
     kept = [content[:8]]
     place = 8
@@ -587,7 +587,7 @@ def prepare_worker(worker):
     multiprocessing.queues.Queue._on_queue_feeder_error = leave
 
 
-# ---- what is left unsaid -------------------------------------------------------------------------
+# ---- defaults ------------------------------------------------------------------------------------
 
 
 def fetch_weights(weights):
@@ -1050,6 +1050,7 @@ WORKER_LOST = ["DataLoader worker (pid", "DataLoader timed out", "</torch_"]  # 
 
 # ---- flags ---------------------------------------------------------------------------------------
 
+# the smallest values that are allowed
 LEAST = {"image_size": 1, "epochs": 1, "batch_size": 2, "lr": 1e-12, "validate_every": 1}
 LEAST |= {"patience": 0, "seed": 0, "workers": 0}
 
