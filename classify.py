@@ -14,7 +14,6 @@ import atexit
 import contextlib
 import csv
 import datetime
-import errno
 import hashlib
 import io
 import math
@@ -45,6 +44,7 @@ from torchvision.transforms import v2
 
 
 UNDECODABLE = -100  # the label that cross entropy ignores (its ignore_index)
+PRIME = 2**31 - 1  # steps of a prime reach every picture
 
 
 class PicturesInFiles(Dataset):
@@ -66,16 +66,19 @@ class PicturesInFiles(Dataset):
 
     def __getitem__(self, index):
         """Return a picture, uint8 3×S×S, and its label."""
-        path = os.fsdecode(self.paths[index])
-        try:
-            image = open_picture(path, self.size)
-        except OSError as error:
-            warnings.warn(f"{path} is left out: {error}", stacklevel=1)
-            if self.replace:  # by one far away, for neighbours are often damaged together;
-                return self[(index + 2**31 - 1) % len(self)]  # steps of a prime reach them all
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), UNDECODABLE
-        image = ImageOps.fit(image, (self.size, self.size))
-        return v2.functional.pil_to_tensor(image), int(self.labels[index])
+        tries = len(self) if self.replace else 1
+        for number in range(tries):
+            # the next one is far away, for neighbours are often damaged together
+            place = (index + number * PRIME) % len(self)
+            path = os.fsdecode(self.paths[place])
+            try:
+                image = open_picture(path, self.size)
+            except OSError as error:
+                warnings.warn(f"{path} is left out: {error}", stacklevel=1)
+                continue
+            image = ImageOps.fit(image, (self.size, self.size))
+            return v2.functional.pil_to_tensor(image), int(self.labels[place])
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), UNDECODABLE
 
 
 def make_transforms(size, mirror):
@@ -153,7 +156,7 @@ def train_one_epoch(model, batches, criterion, optimizer, scheduler, bfloat16=Fa
         scheduler.step()
         total_loss += loss.detach() * len(labels)  # .item() would wait for the card
         count += len(labels)
-    return float(total_loss / max(count, 1))
+    return float(total_loss / count)
 
 
 # ---- 6. evaluation -------------------------------------------------------------------------------
@@ -191,8 +194,8 @@ def main(argv=None):
         device = torch.device("cuda" if use_cuda else "cpu")
         if args.predict:
             return on_process_0(predict, args, device)
-        # 1. data
-        data = on_process_0(read_data, args.data, args.image_size, args.output)  # a `Data`
+        # 1. data (a `Data`)
+        data = on_process_0(read_data, args.data, args.image_size, args.output)
         args = on_process_0(choose_defaults, args, data, device, world)
         batch_size = args.batch_size // world
         sampler = DistributedSampler(data.train, world, rank, shuffle=True, seed=args.seed)
@@ -277,15 +280,15 @@ def read_data(name, size, output):
         pictures, labels, parts, classes = read_cifar(name)
     else:
         pictures, labels, parts, classes = read_folder(name, output)
-    parts = split_off_missing(np.array(labels), np.array(parts), classes, name)
+    labels = np.array(labels)
+    parts = split_off_missing(labels, np.array(parts), classes, name)
     size = size or (32 if in_memory else 224)
     if in_memory:
         images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-        labels = torch.tensor(labels)
+        labels = torch.from_numpy(labels)
         train, val, test = (TensorDataset(images[part], labels[part]) for part in parts)
     else:
         name = os.path.abspath(name)  # so a resumed run finds it
-        labels = np.array(labels)
         train, val, test = (PicturesInFiles(pictures[part], labels[part], size) for part in parts)
         train.replace = True
     return Data(name, train, val, test, classes, size, mirror=name != "digits")
@@ -331,10 +334,9 @@ def split_off_missing(labels, parts, classes, source):
     """
     rng = np.random.default_rng(0)
     missing = [part for part in ("val", "test") if part not in parts]
-    train = np.flatnonzero(parts == "train")
-    train = train[np.argsort(labels[train], kind="stable")]  # class by class
-    ends = np.cumsum(np.bincount(labels[train], minlength=len(classes)))
-    for name, own in zip(classes, np.split(train, ends[:-1])):
+    train = parts == "train"
+    for label, name in enumerate(classes):
+        own = np.flatnonzero(train & (labels == label))
         tenth = max(1, round(len(own) / 10))
         if len(own) <= tenth * len(missing):
             need = len(missing) + 1
@@ -495,29 +497,28 @@ def without_metadata(content):
     What a JPEG file says of its colours, JFIF (E0) and Adobe (EE), stays, too. Other files are
     returned as they are.
     """
-    kept = [content[:8]]
-    place = 8
-    if content.startswith(b"\xff\xd8"):
-        kept = [content[:2]]
+    if content.startswith(b"\xff\xd8"):  # JPEG: segments, up to the pixels (DA)
+        content = bytearray(content)
         place = 2
-        while content[place : place + 1] == b"\xff":  # segments, up to the pixels (DA)
-            kind = content[place + 1 : place + 2]
+        while content[place : place + 1] == b"\xff" and content[place + 1] not in (0xDA, 0xFF):
+            kind = content[place + 1]
             end = place + 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-            if kind in (b"\xda", b"\xff"):
-                break
-            whole = end - place >= 16
-            if not b"\xe0" <= kind <= b"\xef" or (kind in b"\xe0\xe1\xee" and whole):
-                kept.append(content[place:end])
+            whole = kind in (0xE0, 0xE1, 0xEE) and end - place >= 16
+            if 0xE0 <= kind <= 0xEF and not whole:
+                content[place + 1] = 0xFE  # a comment
             place = end
-    elif content.startswith(b"\x89PNG"):
-        while place < len(content):  # chunks; those of the pixels have a capital letter in front
+    if content.startswith(b"\x89PNG"):  # chunks; those of the pixels begin with a capital letter
+        kept = [content[:8]]
+        place = 8
+        while place < len(content):
             end = place + 12 + int.from_bytes(content[place : place + 4], "big")
             chunk = content[place:end]
-            sound = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-            if chunk[4:5].isupper() or (chunk[4:8] == b"eXIf" and sound):
+            whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+            if chunk[4:5].isupper() or (chunk[4:8] == b"eXIf" and whole):
                 kept.append(chunk)
             place = end
-    return b"".join([*kept, content[place:]])
+        content = b"".join(kept)
+    return content
 
 
 # ---- speed ---------------------------------------------------------------------------------------
@@ -615,8 +616,11 @@ def choose_defaults(args, data, device, world):
     args.image_size = data.image_size
     args.bfloat16 = has_native_bfloat16(device)
     count = len(data.train)
+    if count < 2 * world:
+        stop(f"{count} pictures to train on are too few for {world} processes; start fewer")
     if args.batch_size is None:  # some twenty steps an epoch or more, of no fewer than 8 pictures
-        args.batch_size = max(2, min(128, max(8, count // 20)) // world) * world
+        batch_size = min(128, max(8, count // 20))
+        args.batch_size = max(2, batch_size // world) * world
     if args.lr is None:
         args.lr = 0.001 if args.weights == "imagenet" else 0.003
         if args.freeze:
@@ -661,7 +665,7 @@ def report(labels, predictions, classes):
         stop("no test picture can be decoded; give others")
     pairs = labels[decoded] * count + predictions[decoded]
     confusion = torch.bincount(pairs, minlength=count * count).view(count, count)  # true×predicted
-    right = confusion.diag()
+    right = confusion.diag().clone()
     true = confusion.sum(1)
     predicted = confusion.sum(0)
     precision = right / predicted.clamp(min=1)
@@ -674,11 +678,13 @@ def report(labels, predictions, classes):
     rows.append(("mean", precision.mean(), recall.mean(), f1.mean(), true.sum()))
     for name, p, r, f, number in rows:
         lines.append(f"{name:{width}}  {p:9.4f}  {r:6.4f}  {f:6.4f}  {number:6}")
-    counts, places = (confusion - right.diag()).flatten().topk(min(5, count))
-    if counts[0] > 0:
+    mistakes = confusion.fill_diagonal_(0)
+    if mistakes.any():
         lines += ["", "most often confused (true -> predicted):"]
-    for number, place in zip(counts[counts > 0].tolist(), places.tolist()):
-        lines.append(f"{names[place // count]} -> {names[place % count]} {number}")
+    for place in mistakes.flatten().argsort(descending=True)[:5].tolist():
+        one, other = divmod(place, count)
+        if mistakes[one, other] > 0:
+            lines.append(f"{names[one]} -> {names[other]} {mistakes[one, other]}")
     return lines
 
 
@@ -732,9 +738,9 @@ def predict(args, device):
     for images, numbers in DataLoader(pictures, 64, **loader_options(workers, device)):
         shares = model(to_input(images.to(device))).softmax(dim=1)
         shares, guesses = shares.topk(min(3, len(classes)))
-        for number, *likely in zip(numbers.tolist(), shares.tolist(), guesses.tolist()):
+        for number, three, best in zip(numbers.tolist(), shares.tolist(), guesses.tolist()):
             if number != UNDECODABLE:
-                texts = [f"{classes[guess]} {share:.1%}" for share, guess in zip(*likely)]
+                texts = [f"{classes[i]} {share:.1%}" for i, share in zip(best, three)]
                 print(printable("  ".join([paths[number], *texts])), flush=True)
                 shown += 1
     if shown < len(paths) or not paths:
@@ -780,10 +786,9 @@ class Run:
             self.model.load_state_dict(saved["model"])
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a scheduler that steps without its optimizer
-            for _ in range(len(self.history) * steps):
-                self.scheduler.step()
+        self.optimizer.step()  # without gradients it changes nothing; schedulers want it first
+        for _ in range(len(self.history) * steps):
+            self.scheduler.step()
         on_process_0(self.save)
 
     def best(self):
@@ -816,22 +821,23 @@ class Run:
         row = {"epoch": len(self.history) + 1, "train_loss": train_loss}
         row |= {"val_loss": None, "val_accuracy": None, "learning_rate": self.rate}
         row["images_per_second"] = len(self.data.train) / seconds
-        line = f"epoch {row['epoch']:{len(str(self.args.epochs))}}/{self.args.epochs}"
-        line += f"  train loss {train_loss:.4f}"
+        scores = ""
+        best = ""
         if validation:
             row["val_loss"], labels, predictions, _ = validation
             right = (labels == predictions)[labels != UNDECODABLE]
             if len(right) == 0:
                 stop("no validation picture can be decoded; give others")
             row["val_accuracy"] = right.double().mean().item()
-            line += f"  val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.2%}"
+            scores = f"  val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.2%}"
         row["seconds"] = time.perf_counter() - self.epoch_start
         self.history.append(row)
         on_process_0(self.save)
-        line += f"  {row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
         if row is self.best():
-            line += "  (best)"
-        print(line, flush=True)
+            best = "  (best)"
+        epoch = f"epoch {row['epoch']:{len(str(self.args.epochs))}}/{self.args.epochs}"
+        speed = f"{row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
+        print(f"{epoch}  train loss {train_loss:.4f}{scores}  {speed}{best}", flush=True)
 
     def save(self):
         """Write log.csv, last.pth and, if the last epoch is the best, best_model.pth.
@@ -844,7 +850,7 @@ class Run:
                 hint = f"go on from the epoch before with --resume and a --lr below {self.args.lr}"
                 stop(f"the loss is no longer a number; {hint}")
             table = io.StringIO()
-            writer = csv.DictWriter(table, row, lineterminator="\n")
+            writer = csv.DictWriter(table, list(row), lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.history)
             write(self.output / "log.csv", table.getvalue().encode())
@@ -962,7 +968,9 @@ def on_process_0(function, *args):
     dist.broadcast_object_list(outcome)
     result, problem = outcome
     if problem:
-        raise problem if dist.get_rank() == 0 else SystemExit(1)  # process 0 says why
+        if dist.get_rank() > 0:
+            sys.exit(problem.code if problem.code in (0, 2) else 1)  # process 0 says why
+        raise problem
     return result
 
 
@@ -1018,9 +1026,8 @@ def show_progress(loader):
 @contextlib.contextmanager
 def endings_in_one_line():
     """Say in one line what may end a run and is nobody's mistake in the code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # names may have letters that it cannot encode
-            stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # names may have letters that it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     warnings.showwarning = show_warning
     try:
@@ -1033,19 +1040,20 @@ def endings_in_one_line():
         sys.stdout = open(os.devnull, "w")
         stop("nobody reads what is printed any more")
     except (MemoryError, RuntimeError, OSError) as error:
-        text = str(error)
-        if isinstance(error, MemoryError) or any(sign in text for sign in NO_MEMORY):
-            stop("memory ran out; go on with --resume and a smaller --batch-size or --image-size")
-        if any(sign in text for sign in WORKER_LOST):
-            hint = "give --workers 0, or more shared memory (/dev/shm)"
-            stop(f"a loader worker died, or could not send its pictures; {hint}")
+        for sign, advice in ADVICE.items():
+            if sign in repr(error):
+                stop(advice)
         raise
 
 
 NETWORK_TIMEOUT = 15  # seconds that an address of a server may stay silent
 # what torch and the system say where memory runs out, and where a loader worker is lost
-NO_MEMORY = ["DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", os.strerror(errno.ENOMEM)]
-WORKER_LOST = ["DataLoader worker (pid", "DataLoader timed out", "</torch_"]  # a shared file
+NO_MEMORY = "memory ran out; go on with --resume and a smaller --batch-size or --image-size"
+NO_WORKER = "a loader worker died, or could not send its pictures; give --workers 0, or more "
+NO_WORKER += "shared memory (/dev/shm)"
+SIGNS = ["MemoryError", "DefaultCPUAllocator", "out of memory", "ALLOC_FAILED"]
+ADVICE = dict.fromkeys([*SIGNS, "Cannot allocate memory"], NO_MEMORY)
+ADVICE |= dict.fromkeys(["DataLoader worker (pid", "DataLoader timed", "</torch_"], NO_WORKER)
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -1092,7 +1100,8 @@ def parse_args(argv):
     if args.resume and not args.predict:
         saved = load_checkpoint(Path(args.output, "last.pth"), "flags")
         own = saved["flags"]
-        parser.set_defaults(**{**own, "output": args.output})
+        parser.set_defaults(**own)
+        parser.set_defaults(output=args.output)  # it may have moved
         args = parser.parse_args(argv)
         done = len(saved["history"])
         if args.weights == "auto":
@@ -1107,7 +1116,7 @@ def parse_args(argv):
         value = getattr(args, name)
         if value is not None and not least <= value < 2**63:
             parser.error(f"--{name.replace('_', '-')} {value}: give {least} or more, below 2**63")
-    if args.freeze and args.weights == "none":
+    if args.freeze and args.weights == "none" and not args.predict:
         parser.error("--freeze would keep random weights; leave out --weights none")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA here; leave it out, or say --device cpu")
