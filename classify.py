@@ -756,8 +756,7 @@ RUN_FILES = ["last.pth", "best_model.pth", "log.csv", "mistakes.png"]
 class Run:
     """A training: how far it is, when it ends, and what is kept of it in the folder --output.
 
-    history:       a row for each epoch, as log.csv has them
-    patient_since: the epoch from which --patience counts, where a finished run was prolonged
+    history: a row for each epoch, as log.csv has them
     """
 
     def __init__(self, args, data, model, optimizer, scheduler):
@@ -769,7 +768,6 @@ class Run:
         self.output = Path(args.output)
         self.sizes = [len(data.train), len(data.val), len(data.test)]
         self.history = []
-        self.patient_since = 0
 
     def begin(self, saved, steps):
         """Begin, or go on where a saved run was, with the rate and schedule of today's flags.
@@ -782,7 +780,6 @@ class Run:
             if saved["classes"] != self.data.classes or saved["sizes"] != self.sizes:
                 stop(f"{self.data.name} has other classes or pictures than the run; start anew")
             self.history = saved["history"]
-            self.patient_since = saved["patient_since"]
             self.model.load_state_dict(saved["model"])
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
@@ -800,7 +797,7 @@ class Run:
         """Yield the numbers of the epochs that are still to be trained."""
         while len(self.history) < self.args.epochs:
             best = self.best()
-            since = max(self.patient_since, best["epoch"] if best else 0)
+            since = max(self.args.patient_since, best["epoch"] if best else 0)
             in_vain = sum(row["val_accuracy"] is not None for row in self.history[since:])
             if 0 < self.args.patience <= in_vain:
                 break
@@ -856,7 +853,7 @@ class Run:
             write(self.output / "log.csv", table.getvalue().encode())
         kept = {"model": self.model.state_dict(), "classes": self.data.classes}
         last = {**kept, "optimizer": self.optimizer.state_dict(), "history": self.history}
-        last |= {"flags": self.args.flags, "sizes": self.sizes, "patient_since": self.patient_since}
+        last |= {"flags": self.args.flags, "sizes": self.sizes}
         write_checkpoint(self.output / "last.pth", last)
         best = self.best()
         if best and best is self.history[-1]:
@@ -1007,20 +1004,19 @@ def show_banner(problem, consequence):
 def show_progress(loader):
     """Yield the batches of a loader; in a terminal a line tells how far they are."""
     first = not dist.is_initialized() or dist.get_rank() == 0
-    if not first or sys.stderr is None or not sys.stderr.isatty():
-        yield from loader
-        return
+    shows = first and sys.stderr is not None and sys.stderr.isatty()
     start = time.monotonic()
     shown = start
     for number, batch in enumerate(loader, 1):
         yield batch
-        if time.monotonic() - shown > 1:
+        if shows and time.monotonic() - shown > 1:
             shown = time.monotonic()
             speed = number / (shown - start)
             left = datetime.timedelta(seconds=round((len(loader) - number) / speed))
             text = f"batch {number}/{len(loader)}  {loader.batch_size * speed:.0f} images/s"
             print(f"{text}  {left} left".ljust(60), end="\r", file=sys.stderr, flush=True)
-    print(" " * 60, end="\r", file=sys.stderr, flush=True)
+    if shows:
+        print(" " * 60, end="\r", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -1086,6 +1082,7 @@ def make_parser():
     add("--output", default="checkpoint", metavar="DIR", help="where all is written (checkpoint)")
     add("--resume", action="store_true", help="go on with the run in --output; other flags win")
     add("--predict", nargs="+", metavar="PATH", help=predict)
+    parser.set_defaults(patient_since=0)  # patience counts from here, where a run was prolonged
     return parser
 
 
@@ -1111,7 +1108,7 @@ def parse_args(argv):
         if args.epochs < done:
             parser.error(f"--epochs {args.epochs}: {done} are done; give {done} or more")
         if args.epochs > own["epochs"]:
-            saved["patient_since"] = done
+            args.patient_since = done
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and not least <= value < 2**63:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import classify  # noqa: E402
 
-BATCH, STEPS, ROUNDS = 128, 16, 3
+BATCH, STEPS, ROUNDS = 128, 16, 5
 NATIVE = classify.has_native_bfloat16(torch.device("cpu"))
 
 
