@@ -665,7 +665,7 @@ def report(labels, predictions, classes):
         stop("no test picture can be decoded; give others")
     pairs = labels[decoded] * count + predictions[decoded]
     confusion = torch.bincount(pairs, minlength=count * count).view(count, count)  # true×predicted
-    right = confusion.diag().clone()
+    right = confusion.diag()
     true = confusion.sum(1)
     predicted = confusion.sum(0)
     precision = right / predicted.clamp(min=1)

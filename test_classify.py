@@ -350,18 +350,19 @@ def test_unusable_flags_are_an_error_that_names_them(folder, flags):
     assert not list(folder.iterdir())
 
 
-def chosen(count, *argv, weights="none"):
+def chosen(count, *argv, weights="none", world=1):
     """Return the flags as they are for so many pictures, with what was left unsaid chosen."""
     args, _ = classify.parse_args(["--weights", weights, *argv])
     images = TensorDataset(torch.zeros(count, 1), torch.zeros(count))
     data = classify.Data("digits", images, images, images, ["a", "b"], 32, False)
-    return classify.choose_defaults(args, data, CPU, 1)
+    return classify.choose_defaults(args, data, CPU, world)
 
 
 def test_batch_size_is_128_or_less_where_an_epoch_would_have_few_steps():
     sizes = [chosen(count).batch_size for count in (20, 160, 400, 2560, 50000)]
     assert sizes == [8, 8, 20, 128, 128]
     assert chosen(400, "--batch-size", "32").batch_size == 32
+    assert [chosen(count, world=3).batch_size for count in (20, 50000)] == [6, 126]  # shared evenly
 
 
 def test_the_rate_depends_on_the_weights_and_is_obeyed_if_said():
@@ -750,6 +751,7 @@ def test_parts_are_stratified_disjoint_and_always_the_same(folder):
     assert len(set.union(*parts)) == 30 == sum(map(len, parts))
     for part in parts[1:]:
         assert Counter(name for name, _ in part) == {"a": 1, "b": 2}
+        assert part != {("a", "0.png"), ("b", "0.png"), ("b", "1.png")}  # drawn, not the first
 
 
 def test_folders_are_seen_at_224_pixels_and_workers_share_one_array_of_names(folder):
