@@ -363,6 +363,8 @@ def test_batch_size_is_128_or_less_where_an_epoch_would_have_few_steps():
     assert sizes == [8, 8, 20, 128, 128]
     assert chosen(400, "--batch-size", "32").batch_size == 32
     assert [chosen(count, world=3).batch_size for count in (20, 50000)] == [6, 126]  # shared evenly
+    with pytest.raises(SystemExit, match="error: .*start fewer"):
+        chosen(5, world=3)
 
 
 def test_the_rate_depends_on_the_weights_and_is_obeyed_if_said():
@@ -498,7 +500,8 @@ def report(out):
 def test_a_finished_run_that_is_resumed_is_tested_again_wherever_it_lies(prolonged, folder):
     shutil.copytree(prolonged.output, "checkpoint")
     result = run("--resume", "--workers", 1)
-    assert result.code == 0 and report(result.out) == report(prolonged.out)
+    assert result.code == 0 and result.err == ""
+    assert report(result.out) == report(prolonged.out)
     assert os.path.join("checkpoint", "mistakes.png") in result.out
     assert rows("checkpoint") == rows(prolonged.output)
     assert_same_run("checkpoint", prolonged.output)
