@@ -500,8 +500,7 @@ def report(out):
 def test_a_finished_run_that_is_resumed_is_tested_again_wherever_it_lies(prolonged, folder):
     shutil.copytree(prolonged.output, "checkpoint")
     result = run("--resume", "--workers", 1)
-    assert result.code == 0 and result.err == ""
-    assert report(result.out) == report(prolonged.out)
+    assert result.code == 0 and report(result.out) == report(prolonged.out)
     assert os.path.join("checkpoint", "mistakes.png") in result.out
     assert rows("checkpoint") == rows(prolonged.output)
     assert_same_run("checkpoint", prolonged.output)
@@ -1230,6 +1229,7 @@ def test_a_last_batch_of_one_picture_and_fewer_pictures_than_a_batch_train(folde
 
 def test_a_loss_that_is_no_number_is_an_error_and_the_best_model_stays(finished, prolonged):
     assert "--lr" in error(prolonged.failed)  # which works: `prolonged` is what followed
+    assert len(prolonged.failed.err.splitlines()) == 1
     assert prolonged.kept == (finished.output / "best_model.pth").read_bytes()
 
 
