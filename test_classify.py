@@ -404,7 +404,7 @@ def test_workers_are_no_more_than_the_processors_that_may_be_used(monkeypatch):
     for number in (1, 2, 7):
         processors = set(range(number))
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, p=processors: p, raising=False)
-        assert classify.choose_workers(CPU, files=10**6) == number // 2
+        assert classify.choose_workers(CPU, files=10**6) == (number - 1) // 2
         assert classify.choose_workers(torch.device("cuda"), files=10**6) == number
 
 
