@@ -572,7 +572,7 @@ def choose_workers(device, files):
     processors = len(affinity(0)) if affinity else os.cpu_count() or 1
     if dist.is_initialized():
         processors //= int(os.environ["LOCAL_WORLD_SIZE"])
-    return min(8, processors if device.type == "cuda" else (processors - 1) // 2)
+    return min(8, processors if device.type == "cuda" else max(0, processors - 1) // 2)
 
 
 def loader_options(workers, device):

@@ -401,10 +401,10 @@ def test_the_rate_rises_for_three_tenths_of_the_steps_and_then_falls_to_nothing(
 
 def test_workers_are_no_more_than_the_processors_that_may_be_used(monkeypatch):
     assert classify.choose_workers(CPU, files=10) == 0
-    for number in (1, 2, 7):
+    for number in (0, 1, 2, 7):  # 0: more processes than processors
         processors = set(range(number))
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, p=processors: p, raising=False)
-        assert classify.choose_workers(CPU, files=10**6) == (number - 1) // 2
+        assert classify.choose_workers(CPU, files=10**6) == max(0, number - 1) // 2
         assert classify.choose_workers(torch.device("cuda"), files=10**6) == number
 
 
