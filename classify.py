@@ -285,7 +285,7 @@ def read_data(name, size, output):
     size = size or (32 if in_memory else 224)
     if in_memory:
         images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-        labels = torch.from_numpy(labels)
+        labels = torch.from_numpy(labels).long()
         train, val, test = (TensorDataset(images[part], labels[part]) for part in parts)
     else:
         name = os.path.abspath(name)  # so a resumed run finds it
@@ -334,9 +334,10 @@ def split_off_missing(labels, parts, classes, source):
     """
     rng = np.random.default_rng(0)
     missing = [part for part in ("val", "test") if part not in parts]
-    train = parts == "train"
-    for label, name in enumerate(classes):
-        own = np.flatnonzero(train & (labels == label))
+    train = np.flatnonzero(parts == "train")
+    train = train[np.argsort(labels[train], kind="stable")]  # class by class: there may be many
+    ends = np.cumsum(np.bincount(labels[train], minlength=len(classes)))
+    for name, own in zip(classes, np.split(train, ends[:-1])):
         tenth = max(1, round(len(own) / 10))
         if len(own) <= tenth * len(missing):
             need = len(missing) + 1
