@@ -864,6 +864,7 @@ BROKEN_METADATA = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("name, content", BROKEN_METADATA.items(), ids=BROKEN_METADATA)
 def test_broken_metadata_never_stops_a_picture_whose_pixels_decode(folder, name, content):
     Path("good").write_bytes(JPEG if name.endswith("jpg") else PNG)
