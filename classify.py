@@ -1053,9 +1053,10 @@ NETWORK_TIMEOUT = 15  # seconds that an address of a server may stay silent
 NO_MEMORY = "memory ran out; go on with --resume and a smaller --batch-size or --image-size"
 NO_WORKER = "a loader worker died, or could not send its pictures; give --workers 0, or more "
 NO_WORKER += "shared memory (/dev/shm)"
-SIGNS = ["MemoryError", "DefaultCPUAllocator", "out of memory", "ALLOC_FAILED"]
-ADVICE = dict.fromkeys([*SIGNS, "Cannot allocate memory"], NO_MEMORY)
-ADVICE |= dict.fromkeys(["DataLoader worker (pid", "DataLoader timed", "</torch_"], NO_WORKER)
+MEMORY_SIGNS = ["MemoryError", "DefaultCPUAllocator", "out of memory", "ALLOC_FAILED"]
+MEMORY_SIGNS += ["Cannot allocate memory"]
+WORKER_SIGNS = ["DataLoader worker (pid", "DataLoader timed out", "</torch_"]
+ADVICE = dict.fromkeys(MEMORY_SIGNS, NO_MEMORY) | dict.fromkeys(WORKER_SIGNS, NO_WORKER)
 
 
 # ---- flags ---------------------------------------------------------------------------------------
