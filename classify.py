@@ -532,12 +532,13 @@ class Conv3x3(nn.Conv2d):
     At 32 px ResNet18 ends on maps of 2×2 and 1×1 pixels. Where the output is one pixel only, up
     to eight of its nine taps (weights of the kernel) multiply zeros, and the others are a plain
     matrix product: the same outputs and gradients with less arithmetic. It trained 1.36 times as
-    many pictures a second (.ci/bench.py, two cores of an AMD EPYC with native bfloat16).
+    many pictures a second (.ci/bench.py, two cores of an AMD EPYC with native bfloat16). On a card
+    it is an ordinary convolution: there more operations take longer than more arithmetic.
     """
 
     def forward(self, x):
         """Return B×C×H×W for B×C×H×W."""
-        if max(x.shape[2:]) > self.stride[0] or self.groups > 1:
+        if x.is_cuda or max(x.shape[2:]) > self.stride[0] or self.groups > 1:
             return super().forward(x)
         # channels last, as they lie in memory: so the gradient needs no rearranging
         seen = self.weight.permute(0, 2, 3, 1)[:, 1 : 1 + x.shape[2], 1 : 1 + x.shape[3]].flatten(1)
@@ -624,6 +625,9 @@ def choose_defaults(args, data, device, world):
     count = len(data.train)
     if count < 2 * world:
         stop(f"{count} pictures to train on are too few for {world} processes; start fewer")
+    cards = torch.cuda.device_count()
+    if device.type == "cuda" and world > 1 and int(os.environ["LOCAL_WORLD_SIZE"]) > cards:
+        stop(f"each process needs a card, and there are {cards}; start fewer, or say --device cpu")
     if args.batch_size is None:  # some twenty steps an epoch or more, of no fewer than 8 pictures
         batch_size = min(128, max(8, count // 20))
         args.batch_size = max(2, batch_size // world) * world
@@ -948,10 +952,10 @@ def join_processes():
         return 0, 1
     try:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group(timeout=datetime.timedelta(hours=2))  # a download may be slow
     except Exception as error:
-        stop(f"the processes cannot start, a card for each if any, or not meet ({reason(error)})")
+        stop(f"the processes cannot meet ({reason(error)}); start them anew")
     atexit.register(dist.destroy_process_group)
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # process 0 alone prints

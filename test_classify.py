@@ -48,6 +48,9 @@ import classify
 with contextlib.suppress(ImportError):  # not on Windows
     import resource
 
+# asking whether there is a card must not start CUDA, which does not work in forked processes
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+
 SMALL = "--image-size 32 --batch-size 8 --epochs 1 --weights none --device cpu --workers 0".split()
 CLASSES = ["new\nline", "x" * 80, 'your "best" 猫 größe']
 SHOWN = ["new\\nline", *CLASSES[1:]]
@@ -55,6 +58,7 @@ README = Path(__file__).with_name("README.md").read_text("utf-8")
 CPU = torch.device("cpu")
 EVIL = b"cos\nmkdir\n(S'executed'\ntR."  # a pickle that makes a folder when it is read
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs signals and terminals of Linux")
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 
 
 # ---- helpers -------------------------------------------------------------------------------------
@@ -810,7 +814,10 @@ def test_any_mode_and_size_enters_as_rgb_scaled_and_cropped_in_the_middle(folder
     Path("16 bits.pgm").write_bytes(b"P5 32 32 65535\n" + deep.astype(">u2").tobytes())
     opaque = np.stack([np.asarray(grey), np.full((32, 32), 255, np.uint8)], 2)
     deep_tiff("La.tif", opaque.tobytes(), [8], extra={277: [2], 338: [1]})
-    files |= {"16 bits.pgm": (None, grey), "La.tif": (None, grey)}
+    files["16 bits.pgm"] = (None, grey)
+    with contextlib.suppress(OSError):  # of an older Pillow, which does not know it
+        Image.open("La.tif").close()
+        files["La.tif"] = (None, grey)
     for name, (_, shown) in files.items():
         np.testing.assert_array_equal(pixels_of(name), np.asarray(shown.convert("RGB")), name)
 
@@ -1249,6 +1256,23 @@ def test_closed_stdout_a_c_locale_and_stray_variables_do_not_matter(finished, fo
     assert "\\u732b" in result.stdout and "Traceback" not in result.stderr
     monkeypatch.setattr(sys, "stdout", None)  # as with >&- or pythonw
     assert classify.main(["--predict", "photo.png", "--output", str(finished.output)]) == 0
+
+
+@cuda
+def test_a_card_is_used_if_there_is_one_and_its_checkpoints_serve_everywhere(finished, folder):
+    flags = [flag for flag in SMALL if flag not in ("--device", "cpu")]
+    first = run(*flags, "--data", finished.argv[1], "--workers", 2, "--output", "out")
+    assert first.code == 0 and "device   cuda" in first.out
+    files = sorted(Path(finished.argv[1], "test").rglob("*.png"))
+    _, logits = answer("out", files)
+    for device in ("cpu", "cuda"):
+        result = run("--predict", *files, "--device", device, "--output", "out")
+        told = [float(line.split("  ")[1].split()[-1][:-1]) for line in result.out.splitlines()]
+        shares = logits.softmax(1).amax(1) * 100
+        assert told == pytest.approx(shares.tolist(), abs=0.5)
+    for epochs, device in ((2, "cuda"), (3, "cpu"), (4, "auto")):
+        resumed = run("--resume", "--epochs", epochs, "--device", device, "--output", "out")
+        assert resumed.code == 0 and len(rows()) == epochs
 
 
 # ---- for those who copy from it ------------------------------------------------------------------

@@ -25,7 +25,8 @@ import classify  # noqa: E402
 
 BATCH, STEPS, ROUNDS = 128, 16, 5
 PROGRAM = "`python classify.py --data digits`"
-NATIVE = classify.has_native_bfloat16(torch.device("cpu"))
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NATIVE = classify.has_native_bfloat16(DEVICE)
 
 
 class Pictures(Dataset):
@@ -48,6 +49,7 @@ def trained(model, batches, bfloat16=False, **options):
     optimizer = torch.optim.Adam(model.parameters(), **options)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     criterion = nn.CrossEntropyLoss()
+    batches = ((images.to(DEVICE), labels.to(DEVICE)) for images, labels in batches)
     start = time.perf_counter()
     classify.train_one_epoch(model, batches, criterion, optimizer, scheduler, bfloat16)
     return BATCH * STEPS / (time.perf_counter() - start)
@@ -67,10 +69,11 @@ def main():
     tutorial = DataLoader(Pictures(), BATCH, shuffle=True)
     augmentation = transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()
     script = DataLoader(Pictures(*augmentation), BATCH, shuffle=True, num_workers=2)
-    ready = [(torch.randn(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,)))] * STEPS
-    plain = torchvision.models.resnet18(num_classes=10)
-    ours = classify.build_model(10, "none")
-    all_taps = classify.build_model(10, "none")
+    images = torch.randn(BATCH, 3, 32, 32, device=DEVICE)
+    ready = [(images, torch.randint(0, 10, (BATCH,), device=DEVICE))] * STEPS
+    plain = torchvision.models.resnet18(num_classes=10).to(DEVICE)
+    ours = classify.build_model(10, "none").to(DEVICE)
+    all_taps = classify.build_model(10, "none").to(DEVICE)
     for layer in all_taps.modules():
         if isinstance(layer, classify.Conv3x3):
             layer.__class__ = nn.Conv2d
@@ -84,6 +87,8 @@ def main():
     }
     able = [name for name, has in torch.cpu.get_capabilities().items() if has is True]
     able = sorted(set(able) & {"avx2", "avx512_f", "avx512_bf16", "amx_bf16", "bf16"})
+    if DEVICE.type == "cuda":
+        able = [torch.cuda.get_device_name()]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {' '.join(able)}")
     figures = {name: [] for name in ways}
     for _ in range(ROUNDS + 1):
