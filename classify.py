@@ -627,7 +627,7 @@ def choose_defaults(args, data, device, world):
         stop(f"{count} pictures to train on are too few for {world} processes; start fewer")
     cards = torch.cuda.device_count()
     if device.type == "cuda" and world > 1 and int(os.environ["LOCAL_WORLD_SIZE"]) > cards:
-        stop(f"each process needs a card, and there are {cards}; start fewer, or say --device cpu")
+        stop(f"the processes need a card each (here: {cards}); start fewer, or say --device cpu")
     if args.batch_size is None:  # some twenty steps an epoch or more, of no fewer than 8 pictures
         batch_size = min(128, max(8, count // 20))
         args.batch_size = max(2, batch_size // world) * world
