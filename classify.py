@@ -579,10 +579,13 @@ def choose_workers(device, files):
 
 def loader_options(workers, device):
     """Return what all DataLoaders are given beside their pictures."""
-    options = {"num_workers": workers, "persistent_workers": workers > 0}
-    options |= {"timeout": 300 if workers else 0, "worker_init_fn": prepare_worker}
-    options |= {"pin_memory": device.type == "cuda"}
-    return options | {"generator": torch.Generator()}  # the global one is for training alone
+    return {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "worker_init_fn": prepare_worker,
+        "pin_memory": device.type == "cuda",
+        "generator": torch.Generator(),  # the global one is for training alone
+    }
 
 
 def prepare_worker(worker):
@@ -1059,7 +1062,7 @@ NO_WORKER = "a loader worker died, or could not send its pictures; give --worker
 NO_WORKER += "shared memory (/dev/shm)"
 MEMORY_SIGNS = ["MemoryError", "DefaultCPUAllocator", "out of memory", "ALLOC_FAILED"]
 MEMORY_SIGNS += ["Cannot allocate memory"]
-WORKER_SIGNS = ["DataLoader worker (pid", "DataLoader timed out", "</torch_"]
+WORKER_SIGNS = ["DataLoader worker (pid", "</torch_"]
 ADVICE = dict.fromkeys(MEMORY_SIGNS, NO_MEMORY) | dict.fromkeys(WORKER_SIGNS, NO_WORKER)
 
 

@@ -156,7 +156,7 @@ def start(*argv, out="out.txt", err="err.txt", variables=(), method=None):
 
 def until(happened, process):
     """Wait until something happened, or the process has ended; return whether it happened."""
-    deadline = time.monotonic() + 240  # sooner than a loader gives up a worker
+    deadline = time.monotonic() + 240
     while process.is_alive() and not happened():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.001)
@@ -1171,15 +1171,24 @@ def test_a_full_disk_is_an_error_and_the_older_checkpoint_is_whole(finished, fol
     assert load("out/last.pth") and not list(Path("out").glob("*.tmp"))
 
 
+def children_of(process):
+    """Return the numbers of the processes that a process has started."""
+    return list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
+
+
 @linux
-@pytest.mark.parametrize("limit", [0, 1, 40], ids=["killed", "cannot share", "cannot send"])
-def test_a_loader_worker_that_is_lost_is_an_error_whose_advice_works(folder, limit):
+@pytest.mark.parametrize(
+    "limit, method",
+    [(0, "fork"), (0, "forkserver"), (1, "fork"), (40, "fork")],
+    ids=["killed", "killed far away", "cannot share", "cannot send"],
+)
+def test_a_loader_worker_that_is_lost_is_an_error_whose_advice_works(folder, limit, method):
     paint({"a": 30, "b": 30})
     flags = ["--data", "pictures", "--epochs", 99, "--patience", 0, "--output", "out"]
-    process = start(*SMALL, *flags, "--workers", 1, "--image-size", 1)
+    process = start(*SMALL, *flags, "--workers", 1, "--image-size", 1, method=method)
     assert until(rows, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    worker = int(children.read_text().split()[0])
+    children = children_of(process.pid)
+    worker = [*sum(map(children_of, children), []), *children][0]  # a forkserver has its own
     if limit:  # as where /dev/shm is full: no room for a batch of pictures, or for its labels
         resource.prlimit(worker, resource.RLIMIT_FSIZE, (limit, limit))
     else:
