@@ -10,7 +10,6 @@ of it alone.
 """
 
 import argparse
-import atexit
 import contextlib
 import csv
 import datetime
@@ -352,7 +351,7 @@ def split_off_missing(labels, parts, classes, source):
 
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 PARTS |= {"val": "val", "valid": "val", "validation": "val"}
-HIDDEN = (".", "__MACOSX")
+HIDDEN = (".", "__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information")
 LAYOUTS = "a data set is DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg with val and test beside train"
 
 
@@ -560,7 +559,8 @@ def has_native_bfloat16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
-    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    native = any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return native and torch.backends.mkldnn.is_available()  # macOS lacks the library
 
 
 def choose_workers(device, files):
@@ -920,7 +920,8 @@ def write(path, content):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        stop(f"cannot write {path} ({reason(error)}); make room, then go on with --resume")
+        hint = "make room, or close it in other programs, then go on with --resume"
+        stop(f"cannot write {path} ({reason(error)}); {hint}")
 
 
 def write_checkpoint(path, checkpoint):
@@ -956,12 +957,14 @@ def join_processes():
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # a download may be slow
+        nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+        patience = datetime.timedelta(hours=2)  # a download may be slow
+        dist.init_process_group(backend, timeout=patience)
     except Exception as error:
         stop(f"the processes cannot meet ({reason(error)}); start them anew")
-    atexit.register(dist.destroy_process_group)
     if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # process 0 alone prints
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # process 0 alone prints
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -1041,12 +1044,14 @@ def endings_in_one_line():
     warnings.showwarning = show_warning
     try:
         yield
+        if dist.is_initialized():  # after an error it would wait for the others
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         hint = "go on with --resume if training had begun"
         print(f"error: interrupted; {hint}", file=sys.stderr, flush=True)
         sys.exit(130)
     except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
         stop("nobody reads what is printed any more")
     except (MemoryError, RuntimeError, OSError) as error:
         for sign, advice in ADVICE.items():
@@ -1056,14 +1061,17 @@ def endings_in_one_line():
 
 
 NETWORK_TIMEOUT = 15  # seconds that an address of a server may stay silent
-# what torch and the system say where memory runs out, and where a loader worker is lost
+# what torch and the system say where memory runs out, and where another process is lost
 NO_MEMORY = "memory ran out; go on with --resume and a smaller --batch-size or --image-size"
 NO_WORKER = "a loader worker died, or could not send its pictures; give --workers 0, or more "
 NO_WORKER += "shared memory (/dev/shm)"
 MEMORY_SIGNS = ["MemoryError", "DefaultCPUAllocator", "out of memory", "ALLOC_FAILED"]
 MEMORY_SIGNS += ["Cannot allocate memory"]
-WORKER_SIGNS = ["DataLoader worker (pid", "</torch_"]
+WORKER_SIGNS = ["DataLoader worker (pid", "</torch_", "<torch_"]
+NO_PROCESS = "another process of the run has ended; go on with --resume"
+PROCESS_SIGNS = ["gloo/transport", "remote process exited"]
 ADVICE = dict.fromkeys(MEMORY_SIGNS, NO_MEMORY) | dict.fromkeys(WORKER_SIGNS, NO_WORKER)
+ADVICE |= dict.fromkeys(PROCESS_SIGNS, NO_PROCESS)
 
 
 # ---- flags ---------------------------------------------------------------------------------------

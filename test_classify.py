@@ -267,7 +267,8 @@ def finished():
             counts = {"train": 12, "val": 3 + label, "test": 5 - (label > 0)}
             paint({f"{part}/{title}": count for part, count in counts.items()}, pictures)
         (pictures / "train" / ".hidden").mkdir()
-        (pictures / "train" / CLASSES[0] / ".DS_Store").write_text("hidden")
+        for hidden in (".DS_Store", "Thumbs.db"):
+            (pictures / "train" / CLASSES[0] / hidden).write_text("hidden")
         argv = "--data", pictures, "--epochs", 3, "--patience", 0
         yield train(*argv, output=Path(name, "out"))
 
@@ -453,8 +454,11 @@ def test_imagenet_weights_that_cannot_be_had_or_are_malicious_are_an_error(finis
     assert not Path("executed").exists()
 
 
-def torchrun(count, *argv):
-    """Run the program as torchrun does; return what process 0 printed, and all complaints."""
+def torchrun(count, *argv, lost=None):
+    """Run the program as torchrun does; return what process 0 printed, and all complaints.
+
+    lost: kill process 0 when this happens
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -465,6 +469,9 @@ def torchrun(count, *argv):
         files = {"out": f"out{rank}.txt", "err": f"err{rank}.txt"}
         variables = {**common, "RANK": rank, "LOCAL_RANK": rank}
         processes.append(start(*argv, **files, variables=variables))
+    if lost:
+        assert until(lost, processes[0])
+        processes[0].kill()
     results = [end(process) for process in processes]
     assert [result.out for result in results[1:]] == [""] * (count - 1)
     code = max(result.code for result in results)
@@ -494,6 +501,12 @@ def test_two_processes_train_as_one_does_and_one_goes_on(orders, cached, monkeyp
 def test_an_error_of_several_processes_is_said_once_and_ends_them_all(finished, folder):
     result = torchrun(2, *SMALL, *finished.argv, "--batch-size", 9)
     assert "--batch-size 9" in error(result)
+
+
+@linux
+def test_a_process_that_is_lost_ends_the_others_with_an_error(finished, folder):
+    flags = [*SMALL, *finished.argv, "--epochs", 99, "--output", "out"]
+    assert "another process" in error(torchrun(2, *flags, lost=rows))
 
 
 def report(out):
