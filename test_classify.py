@@ -137,13 +137,17 @@ def child(argv, cwd, out, err, variables, method):
     sys.stdout = open(1, "w", encoding="utf-8")
     sys.stderr = open(2, "w", encoding="utf-8")
     os.environ.update(variables)
-    multiprocessing.set_start_method(method, force=True)
+    if method:
+        classify.WORKER_START = method
     torch.set_num_threads(1)
     sys.exit(classify.main(argv))
 
 
 def start(*argv, out="out.txt", err="err.txt", variables=(), method=None):
-    """Start the program in a process of its own, forked from one that has torch imported."""
+    """Start the program in a process of its own, forked from one that has torch imported.
+
+    method: how its loader workers start, if not as usual
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     variables = {**os.environ, **dict(variables)}
