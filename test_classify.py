@@ -510,7 +510,7 @@ def test_an_error_of_several_processes_is_said_once_and_ends_them_all(finished, 
 @linux
 def test_a_process_that_is_lost_ends_the_others_with_an_error(finished, folder):
     flags = [*SMALL, *finished.argv, "--epochs", 99, "--output", "out"]
-    assert "another process" in error(torchrun(2, *flags, lost=rows))
+    assert "another process" in error(torchrun(2, *flags, lost=Path("out", "last.pth").exists))
 
 
 def report(out):
@@ -1196,23 +1196,28 @@ def children_of(process):
 @linux
 @pytest.mark.parametrize(
     "limit, method",
-    [(0, "fork"), (0, "forkserver"), (1, "fork"), (40, "fork")],
-    ids=["killed", "killed far away", "cannot share", "cannot send"],
+    [(0, "forkserver"), (1, "fork"), (40, "fork")],
+    ids=["killed", "cannot share", "cannot send"],
 )
 def test_a_loader_worker_that_is_lost_is_an_error_whose_advice_works(folder, limit, method):
     paint({"a": 30, "b": 30})
     flags = ["--data", "pictures", "--epochs", 99, "--patience", 0, "--output", "out"]
     process = start(*SMALL, *flags, "--workers", 1, "--image-size", 1, method=method)
-    assert until(rows, process)
-    children = children_of(process.pid)
-    worker = [*sum(map(children_of, children), []), *children][0]  # a forkserver has its own
+
+    def workers():
+        children = children_of(process.pid)
+        return sum(map(children_of, children), []) if method == "forkserver" else children
+
+    assert until(workers, process)
+    worker = workers()[0]
     if limit:  # as where /dev/shm is full: no room for a batch of pictures, or for its labels
         resource.prlimit(worker, resource.RLIMIT_FSIZE, (limit, limit))
     else:
         os.kill(worker, signal.SIGKILL)
     line = error(end(process))
     assert "--workers 0" in line and "shared memory" in line
-    assert run("--resume", "--workers", 0, "--epochs", len(rows()), "--output", "out").code == 0
+    epochs = max(1, len(rows()))
+    assert run("--resume", "--workers", 0, "--epochs", epochs, "--output", "out").code == 0
 
 
 @linux
