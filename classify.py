@@ -636,8 +636,8 @@ def choose_defaults(args, data, device, world):
     cards = torch.cuda.device_count()
     if device.type == "cuda" and world > 1 and int(os.environ["LOCAL_WORLD_SIZE"]) > cards:
         stop(f"the processes need a card each (here: {cards}); start fewer, or say --device cpu")
-    if args.batch_size is None:  # some twenty steps an epoch or more, of no fewer than 8 pictures
-        batch_size = min(128, max(8, count // 20))
+    if args.batch_size is None:  # of few pictures so many that an epoch has some fifty steps
+        batch_size = 128 if count > 4000 else max(8, count // 50)
         args.batch_size = max(2, batch_size // world) * world
     if args.lr is None:
         args.lr = 0.001 if args.weights == "imagenet" else 0.003

@@ -368,8 +368,8 @@ def chosen(count, *argv, weights="none", world=1):
 
 
 def test_batch_size_is_128_or_less_where_an_epoch_would_have_few_steps():
-    sizes = [chosen(count).batch_size for count in (20, 160, 400, 2560, 50000)]
-    assert sizes == [8, 8, 20, 128, 128]
+    sizes = [chosen(count).batch_size for count in (20, 160, 700, 4000, 4001, 50000)]
+    assert sizes == [8, 8, 14, 80, 128, 128]
     assert chosen(400, "--batch-size", "32").batch_size == 32
     assert [chosen(count, world=3).batch_size for count in (20, 50000)] == [6, 126]  # shared evenly
     with pytest.raises(SystemExit, match="error: .*start fewer"):
