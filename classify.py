@@ -577,7 +577,7 @@ def choose_workers(device, files):
     return min(8, processors if device.type == "cuda" else max(0, processors - 1) // 2)
 
 
-# how processes that decode start: on Linux as copies, at once, as they did before Python 3.14
+# how loader workers start: on Linux as copies, at once, as they did before Python 3.14
 WORKER_START = "fork" if sys.platform == "linux" else None
 
 
@@ -959,13 +959,14 @@ def join_processes():
     """Return this process's number and how many there are: 0 and 1, unless torchrun started it."""
     if not dist.is_torchelastic_launched():
         return 0, 1
+    backend = "gloo"
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        nccl = torch.cuda.is_available() and dist.is_nccl_available()
-        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-        patience = datetime.timedelta(hours=2)  # a download may be slow
-        dist.init_process_group(backend, timeout=patience)
+            if dist.is_nccl_available():  # not on Windows
+                backend = "cpu:gloo,cuda:nccl"
+        timeout = datetime.timedelta(hours=2)  # a download may be slow
+        dist.init_process_group(backend, timeout=timeout)
     except Exception as error:
         stop(f"the processes cannot meet ({reason(error)}); start them anew")
     if dist.get_rank() > 0:

@@ -1196,8 +1196,8 @@ def children_of(process):
 @linux
 @pytest.mark.parametrize(
     "limit, method",
-    [(0, "forkserver"), (1, "fork"), (40, "fork")],
-    ids=["killed", "cannot share", "cannot send"],
+    [(0, "fork"), (0, "forkserver"), (1, "fork"), (40, "fork")],
+    ids=["killed", "killed far away", "cannot share", "cannot send"],
 )
 def test_a_loader_worker_that_is_lost_is_an_error_whose_advice_works(folder, limit, method):
     paint({"a": 30, "b": 30})
