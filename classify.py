@@ -13,26 +13,26 @@ import argparse
 import contextlib
 import csv
 import datetime
+import functools
 import hashlib
 import io
 import math
-import multiprocessing.queues
 import os
-import pickle
-import signal
+import shutil
 import socket
 import sys
 import time
-import unicodedata
 import warnings
-import zlib
+import zipfile
+from collections import Counter
 from http.client import HTTPException
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
@@ -41,12 +41,11 @@ from torchvision.transforms import v2
 
 # ---- 1. data -------------------------------------------------------------------------------------
 
+UNDECODABLE = -100  # the label of a picture that cannot be decoded; cross entropy leaves it out
+PRIME = 2**31 - 1  # steps of a prime number reach every picture
 
-UNDECODABLE = -100  # the label that cross entropy ignores (its ignore_index)
-PRIME = 2**31 - 1  # steps of a prime reach every picture
 
-
-class PicturesInFiles(Dataset):
+class PictureFiles(Dataset):
     """Picture files, decoded when they are asked for, and their labels (N whole numbers).
 
     A file that cannot be decoded is named in a warning. With `replace`, as in training, another one
@@ -54,7 +53,7 @@ class PicturesInFiles(Dataset):
     """
 
     def __init__(self, paths, labels, size, replace=False):
-        # one array, whose memory the DataLoader's processes share; a list they would copy
+        # one array, whose memory all loader processes share; of a list each would get a copy
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
         self.size = size
@@ -64,96 +63,91 @@ class PicturesInFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        """Return a picture, uint8 3×S×S, and its label."""
-        tries = len(self) if self.replace else 1
-        for number in range(tries):
-            # the next one is far away, for neighbours are often damaged together
-            place = (index + number * PRIME) % len(self)
+        """Return a picture, uint8 3×S×S, and its label. Raises OSError if the file is gone."""
+        for number in range(len(self) if self.replace else 1):
+            place = (index + number * PRIME) % len(self)  # far away: damage comes in rows
             path = os.fsdecode(self.paths[place])
             try:
-                image = open_picture(path, self.size)
-            except OSError as error:
-                warnings.warn(f"{path} is left out: {error}", stacklevel=1)
+                picture = open_picture(path, self.size)
+            except ValueError as problem:
+                warn(f"{path} is left out: {problem}")
                 continue
-            image = ImageOps.fit(image, (self.size, self.size))
-            return v2.functional.pil_to_tensor(image), int(self.labels[place])
+            picture = ImageOps.fit(picture, (self.size, self.size))  # resized, its middle cut out
+            return v2.functional.pil_to_tensor(picture), int(self.labels[place])
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8), UNDECODABLE
 
 
-def make_transforms(size, mirror):
-    """Return two transforms: random changes for training, and the way to the network's input."""
-    resize = v2.Resize([size, size])  # of pictures in memory; files have this size already
-    augment = [v2.RandomCrop(size, padding=max(1, size // 32), padding_mode="edge")]
-    if mirror:
-        augment.append(v2.RandomHorizontalFlip())
+def make_augmentation(size, mirror):
+    """Return a transform that changes training images, uint8 B×3×S×S, at random."""
+    # padded by a pixel or more, then cropped at random: a small shift
+    shift = v2.RandomCrop(size, padding=max(1, size // 32), padding_mode="edge")
+    return v2.Compose([shift, v2.RandomHorizontalFlip(p=0.5 if mirror else 0.0)])
+
+
+def prepare_batches(loader, device, size, augment=None):
+    """Yield a loader's batches as the network takes them: images, float B×3×S×S, labels, int64 B.
+
+    With `augment`, as in training, the images are changed at random first.
+    """
+    to_float = v2.ToDtype(torch.float32, scale=True)
     # mean and deviation of the pictures that the ImageNet weights were trained with
     normalize = v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-    to_input = [v2.ToDtype(torch.float32, scale=True), normalize]
-    return v2.Compose([resize, *augment]), v2.Compose([resize, *to_input])
-
-
-class Batches:
-    """The batches of a DataLoader, ready for the network: on its device and transformed."""
-
-    def __init__(self, loader, device, to_input, augment=None):
-        self.loader = loader
-        self.device = device
-        self.to_input = to_input
-        self.augment = augment  # in training
-
-    def __iter__(self):
-        """Yield images, float B×3×S×S, and labels, int64 B."""
-        for images, labels in show_progress(self.loader):
-            images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-            if self.augment:  # one random choice for 16 pictures: one for each would take long
-                images = torch.cat([self.augment(group) for group in images.split(16)])
-            yield self.to_input(images), labels.to(self.device, non_blocking=True)
+    for images, labels in show_progress(loader):
+        # channels_last and non_blocking: faster
+        images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+        images = v2.functional.resize(images, [size, size])  # files have this size already
+        if augment:  # 16 images share a random choice: one for each would be slow
+            images = torch.cat([augment(group) for group in images.split(16)])
+        yield normalize(to_float(images)), labels.to(device, non_blocking=True)
 
 
 # ---- 2. model ------------------------------------------------------------------------------------
 
 
 def build_model(num_classes, weights, freeze=False):
-    """Return a ResNet18 that gives B×num_classes logits for normalised pictures, float B×3×S×S.
+    """Return a ResNet18 that gives B×num_classes logits for normalised images, float B×3×S×S.
 
-    weights: "imagenet" for torchvision's, from its cache or fetched, or "none" for random ones.
+    weights: "imagenet" for torchvision's, from its cache or downloaded, or "none" for random ones.
     Its `state_dict` is torchvision's, key for key. Raises ValueError for other weights.
     """
     if weights not in ("imagenet", "none"):
         raise ValueError(f'weights are "imagenet" or "none", not {weights!r}')
     model = models.resnet18()
     if weights == "imagenet":
-        model.load_state_dict(fetch_weights(models.ResNet18_Weights.IMAGENET1K_V1))
+        imagenet = models.ResNet18_Weights.IMAGENET1K_V1
+        model.load_state_dict(imagenet.get_state_dict(check_hash=True, weights_only=True))
     if freeze:
         model.requires_grad_(False)
     model.fc = nn.Linear(model.fc.in_features, num_classes)  # the head; new, so never frozen
-    skip_taps_on_padding(model)  # only for speed: the same results, without multiplying zeros
-    return model.to(memory_format=torch.channels_last)  # the same shapes, a faster layout
+    skip_taps_on_padding(model)  # faster, with the same results
+    return model.to(memory_format=torch.channels_last)  # faster: another order in memory
 
 
 # ---- 5. training (3. loss and 4. optimizer are in `main`) ----------------------------------------
 
 
 def train_one_epoch(model, batches, criterion, optimizer, scheduler, bfloat16=False):
-    """Train a model on batches of (images, labels) that lie on its device; return the mean loss.
+    """Train a model on batches of (images, labels) that are on its device; return the mean loss.
 
-    The scheduler steps once a batch. With `bfloat16` the forward pass is computed in that type,
-    which is faster where the processor has it natively; the weights stay float32.
+    With `bfloat16` the forward pass uses mixed precision, which is faster on some processors; the
+    weights stay float32.
     """
     model.train()
-    for layer in model.modules():  # a frozen batch-norm would still change its mean and variance
+    for layer in model.modules():
+        # batch-norm gathers mean and variance of what it sees, even where its weights are frozen
         if isinstance(layer, nn.BatchNorm2d) and layer.affine and not layer.weight.requires_grad:
             layer.eval()
     total_loss = 0.0
     count = 0
     for images, labels in batches:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
-            loss = criterion(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        total_loss += loss.detach() * len(labels)  # .item() would wait for the card
+            logits = model(images)
+            loss = criterion(logits, labels)
+        optimizer.zero_grad()  # forget the gradients of the last batch: backward adds to them
+        loss.backward()  # compute the gradient of the loss for each weight
+        optimizer.step()  # change each weight a little, so that the loss falls
+        scheduler.step()  # set the learning rate of the next batch
+        total_loss += loss.detach() * len(labels)  # no .item(): it would wait for the GPU
         count += len(labels)
     return float(total_loss / count)
 
@@ -165,182 +159,268 @@ def train_one_epoch(model, batches, criterion, optimizer, scheduler, bfloat16=Fa
 def evaluate(model, batches):
     """Return mean cross entropy, labels, predictions and confidences (each N) over batches.
 
-    A label of -100 stays as it is: such a picture could not be decoded, and is not in the loss.
+    A label below 0 stands for a picture that could not be decoded, and is not in the mean.
     """
     model.eval()
-    logits = []
-    labels = []
-    for images, targets in batches:
-        logits.append(model(images))
-        labels.append(targets)
-    logits = torch.cat(logits).cpu()
-    labels = torch.cat(labels).cpu()
-    loss = nn.functional.cross_entropy(logits, labels).item()  # plain, however one trains
-    confidences, predictions = logits.softmax(dim=1).max(dim=1)
-    return loss, labels, predictions, confidences
+    total_loss = 0.0
+    results = []
+    for images, labels in batches:
+        logits = model(images)
+        total_loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
+        probabilities = logits.softmax(dim=1)
+        confidences, predictions = probabilities.max(dim=1)  # the largest value, and its place
+        results.append((labels, predictions, confidences))
+    labels, predictions, confidences = (torch.cat(column).cpu() for column in zip(*results))
+    return float(total_loss / (labels >= 0).sum()), labels, predictions, confidences
 
 
 # ---- main ----------------------------------------------------------------------------------------
 
 
 def main(argv=None):
-    """Run the program with the flags in `argv`, or those typed; return 0 or raise SystemExit."""
-    with endings_in_one_line():
-        # normally rank is 0, world is 1, and on_process_0(f, x) is f(x); torchrun starts several
-        rank, world = join_processes()
-        args, saved = on_process_0(parse_args, argv)  # saved: the run to go on with, or None
-        use_cuda = torch.cuda.is_available() and args.device != "cpu"
-        device = torch.device("cuda" if use_cuda else "cpu")
-        if args.predict:
-            return on_process_0(predict, args, device)
-        # 1. data (a `Data`)
-        data = on_process_0(read_data, args.data, args.image_size, args.output)
-        args = on_process_0(choose_defaults, args, data, device, world)
-        batch_size = args.batch_size // world
-        sampler = DistributedSampler(data.train, world, rank, shuffle=True, seed=args.seed)
-        drop_single = len(sampler) % batch_size == 1  # batch-norm cannot train on one picture
-        options = {"batch_size": batch_size, **loader_options(args.workers, device)}
-        train_loader = DataLoader(data.train, sampler=sampler, drop_last=drop_single, **options)
-        val_loader = DataLoader(data.val, **options)
-        test_loader = DataLoader(data.test, **options)
-        augment, to_input = make_transforms(data.image_size, data.mirror)
-        train_batches = Batches(train_loader, device, to_input, augment)
-        val_batches = Batches(val_loader, device, to_input)
-        test_batches = Batches(test_loader, device, to_input)
-        # 2. model
-        torch.manual_seed(args.seed)
-        weights = "none" if saved else args.weights  # a resumed run has weights of its own
-        model = on_process_0(build_model, len(data.classes), weights, args.freeze).to(device)
-        replica = DistributedDataParallel(model) if world > 1 else model  # on the same weights
-        # 3. loss
-        criterion = nn.CrossEntropyLoss(label_smoothing=0.1)  # smoothed, it never falls to 0
-        # 4. optimizer (Adam; what decays is multiplied by the rate), and the schedule of its rate
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam(
-            trainable, lr=args.lr, weight_decay=0.2, decoupled_weight_decay=True, fused=True
-        )
-        steps = args.epochs * len(train_loader) + 1  # one more than are taken: its rate is nearly 0
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
-        # 5. training; a Run begins or goes on, ends early if need be, and saves the best model
-        print(describe(args, data, model, device, world), flush=True)
-        run = Run(args, data, model, optimizer, scheduler)
-        run.begin(saved, len(train_loader))
-        for epoch in run.epochs():
-            sampler.set_epoch(epoch)  # another order
-            torch.manual_seed(hash((args.seed, epoch, rank)))  # so a resumed epoch is the same
-            start = time.perf_counter()
-            train_loss = train_one_epoch(
-                replica, train_batches, criterion, optimizer, scheduler, args.bfloat16
-            )
-            seconds = time.perf_counter() - start
-            validation = None
-            if epoch % args.validate_every == 0 or epoch == args.epochs:
-                validation = on_process_0(evaluate, model, val_batches)
-            run.record(train_loss, seconds, validation)
-        # 6. evaluation
-        on_process_0(run.load_best)
-        _, labels, predictions, confidences = on_process_0(evaluate, model, test_batches)
+    """Run the program with the flags in `argv`, or those typed; return its exit code."""
+    # torchrun starts several processes that share the work; normally rank is 0 and processes is 1.
+    # on_process_0(f, x): process 0 calls f(x), and every process gets the result.
+    rank, processes = join_processes()
+    flags, saved = on_process_0(parse_args, argv)  # saved: with --resume, the run to go on with
+    device = torch.device("cuda" if torch.cuda.is_available() and flags.device != "cpu" else "cpu")
+    if flags.predict:
+        return predict(flags, device) if rank == 0 else 0
+
+    # 1. data: three sets that share no picture, and a DataLoader for each (shuffled: the first)
+    data = on_process_0(read_data, flags, saved)
+    args = on_process_0(choose_defaults, flags, data, device, processes)  # no flag is None now
+    train_loader, val_loader, test_loader = make_loaders(data, args, device, rank, processes)
+    augment = make_augmentation(args.image_size, args.mirror)
+    # 2. model
+    torch.manual_seed(args.seed)
+    weights = "none" if saved or rank > 0 else args.weights  # these get theirs from elsewhere
+    model = build_model(len(data.classes), weights, args.freeze).to(device)
+    # training goes through `parallel_model`, on the same weights; `model` is evaluated and saved
+    parallel_model = DistributedDataParallel(model) if processes > 1 else model
+    if args.compile:  # not dynamic: a graph for each size of batch, the same in a resumed run
+        parallel_model = torch.compile(parallel_model, dynamic=False)
+    # 3. loss: with smoothed labels (0.91 for the true of ten classes), against being too sure
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+    # 4. optimizer: Adam with weight decay (times the rate); its rate rises, then falls to nearly 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.2, fused=True)
+    steps = args.epochs * len(train_loader) + 1  # one more than are taken: its rate is useless
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
+
+    # --resume: weights, optimizer, schedule and history as they were after the last saved epoch
+    # history: a row for each validated epoch; run_id: tells this run's files from another's
+    history, run_id = resume(saved, model, optimizer, scheduler, len(train_loader))
+    output = Path(args.output)
+    if rank == 0:
+        prepare_output(output, saved)
+        print(describe(data, args, device, processes), flush=True)
+
+    # 5. training
+    bf16 = has_native_bfloat16(device)  # mixed precision: faster, where the processor has it
+    done = history[-1]["epoch"] if history else 0
+    for epoch in range(done + 1, args.epochs + 1):
+        if 0 < args.patience <= validations_since_best(history):
+            warn(f"stopped: {args.patience} validations in vain; --resume --patience 0 goes on")
+            break
+        train_loader.sampler.set_epoch(epoch)  # shuffle: another order in each epoch
+        torch.manual_seed(hash((args.seed, epoch, rank)))  # so a resumed epoch is the same
+        start = time.perf_counter()
+        batches = prepare_batches(train_loader, device, args.image_size, augment)
+        train_loss = train_one_epoch(parallel_model, batches, criterion, optimizer, scheduler, bf16)
+        images_per_second = len(data.train) / (time.perf_counter() - start)
+        if epoch % args.validate_every > 0 and epoch < args.epochs:
+            continue  # no validation, no row
+        batches = prepare_batches(val_loader, device, args.image_size)
+        val_loss, labels, predictions, _ = on_process_0(evaluate, model, batches)
+        decoded = labels != UNDECODABLE
+        row = {
+            "epoch": epoch,
+            "train_loss": train_loss,
+            "val_loss": val_loss,
+            "val_accuracy": (predictions == labels)[decoded].double().mean().item(),
+            "learning_rate": scheduler.get_last_lr()[0],
+            "images_per_second": images_per_second,
+            "seconds": time.perf_counter() - start,
+        }
+        history.append(row)
+        is_best = validations_since_best(history) == 0
+        about = {"classes": data.classes, "image_size": args.image_size, "run_id": run_id}
+        checkpoint = {"model": model.state_dict(), **about, **row}
+        to_resume = {
+            "optimizer": optimizer.state_dict(),
+            "history": history,
+            "flags": {**vars(flags), "data": data.name, "weights": args.weights},
+            "fingerprint": data.fingerprint,  # shows whether the pictures are still the same
+        }
+        if rank == 0:
+            if not math.isfinite(train_loss + val_loss):
+                stop(f"the loss is no number; go on, or start again, with a --lr below {args.lr}")
+            save(output / "last.pth", {**checkpoint, **to_resume})
+            if is_best:
+                save(output / "best_model.pth", checkpoint)
+            write_log(output / "log.csv", history)
+            print(describe_epoch(row, args.epochs, is_best), flush=True)
+
+    # 6. evaluation, by the best model: the test pictures are used here, and only here
+    best_checkpoint = on_process_0(load_best, output, history, run_id)
+    model.load_state_dict(best_checkpoint["model"])
+    batches = prepare_batches(test_loader, device, args.image_size)
+    _, labels, predictions, confidences = on_process_0(evaluate, model, batches)
+    if rank == 0:
         print(*report(labels, predictions, data.classes), sep="\n", flush=True)
-        on_process_0(draw_mistakes, data, labels, predictions, confidences, args.output)
-        return 0
+        draw_mistakes(output, data, labels, predictions, confidences)
+    if processes > 1:
+        dist.destroy_process_group()
+    return 0
 
 
-# ==== below: what keeps a real run safe ===========================================================
-# ---- data sets by name ---------------------------------------------------------------------------
+# ==== below: what keeps a real run safe, in the order in which `main` calls it ====================
+# ---- flags ---------------------------------------------------------------------------------------
+
+NAMED_SETS = ["auto", "cifar10", "cifar100", "digits"]
+
+
+def make_parser():
+    """Return the parser of the flags; in brackets what is taken if one is left out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    devices = ["auto", "cuda", "cpu"] if torch.cuda.is_available() else ["auto", "cpu"]
+    add = parser.add_argument
+    add("--data", default="auto", metavar="NAME|DIR", help="cifar10, cifar100, digits, or a folder")
+    add("--image-size", type=int, metavar="PX", help="side of the pictures (32; a folder's: 224)")
+    add("--mirror", action=argparse.BooleanOptionalAction, help="mirror half of them (chosen)")
+    add("--epochs", type=int, default=10, metavar="N", help="passes over the pictures (10)")
+    add("--batch-size", type=int, metavar="N", help="pictures in a step (chosen)")
+    add("--lr", type=float, help="learning rate at its peak (chosen)")
+    add("--weights", default="auto", choices=["auto", "imagenet", "none"], help="to start from")
+    add("--freeze", action="store_true", help="train the new head alone (train all)")
+    add("--compile", action="store_true", help="train through torch.compile: slow start, then fast")
+    add("--validate-every", type=int, default=1, metavar="N", help="validate every N epochs (1)")
+    add("--patience", type=int, metavar="N", help="stop after N validations in vain (chosen)")
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same result (0)")
+    add("--device", default="auto", choices=devices, help="where to compute (cuda, else cpu)")
+    add("--workers", type=int, metavar="N", help="processes that decode pictures (chosen)")
+    add("--output", default="checkpoint", metavar="DIR", help="where all is written (checkpoint)")
+    add("--resume", action="store_true", help="go on with the run in --output; other flags win")
+    add("--predict", nargs="+", metavar="PATH", help="classify these pictures, or folders of them")
+    return parser
+
+
+def parse_args(argv):
+    """Return the flags, and what is saved of the run that is resumed, or None.
+
+    A resumed run has the flags that it was started with, but what is typed now wins.
+    """
+    socket.setdefaulttimeout(15)  # seconds that a server may stay silent
+    parser = make_parser()
+    flags = parser.parse_args(argv)
+    least = {"image_size": 1, "epochs": 1, "batch_size": 2, "lr": 1e-12, "validate_every": 1}
+    for name, value in vars(flags).items():
+        if type(value) in (int, float) and not least.get(name, 0) <= value < 2**63:
+            parser.error(f"--{name.replace('_', '-')} {value}: give {least.get(name, 0)} or more")
+    path = Path(flags.output, "last.pth")
+    # torchrun starts all processes again when one was lost; the run goes on, if it is this launch's
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and path.exists()
+    saved = load_checkpoint(path, "history") if flags.resume or restarted else None
+    if restarted and not flags.resume and saved["run_id"] != os.environ["TORCHELASTIC_RUN_ID"]:
+        saved = None
+    if saved:
+        own = {**saved["flags"], "output": flags.output, "resume": True}
+        parser.set_defaults(**own)
+        flags = parser.parse_args(argv)
+        for name in ("weights", "freeze", "image_size"):
+            if getattr(flags, name) not in ("auto", own[name]):
+                parser.error(f"the run has {name} {own[name]}; it cannot be changed by --resume")
+        flags.weights = own["weights"]
+        if flags.epochs < saved["epoch"]:
+            parser.error(f"--epochs: {saved['epoch']} are done; give as many or more")
+    if flags.image_size is None:
+        flags.image_size = 32 if flags.data in NAMED_SETS else 224
+    return flags, saved
+
+
+# ---- data sets -----------------------------------------------------------------------------------
 
 
 class Data(NamedTuple):
     """What is learnt from: three data sets that share no picture, and what is known of them."""
 
-    name: str  # of the set, or of its folder
+    name: str  # of the set, or the path of its folder
     train: Dataset
     val: Dataset
     test: Dataset
     classes: list[str]
-    image_size: int  # the side to which pictures are brought, in pixels
-    mirror: bool  # whether a mirrored picture is still one of its class (a digit is not)
+    fingerprint: str = ""  # changes with the names of the pictures, and so with the split
 
 
-def read_data(name, size, output):
-    """Return the `Data` of a named set, of a folder, or for "auto" of the first to be had."""
-    if name == "auto":
+def read_data(flags, saved):
+    """Return the `Data` of --data; end the program if a saved run was trained on other pictures."""
+    print(f"reading  {flags.data}", flush=True)
+    if flags.data in NAMED_SETS:
+        data = read_named(flags.data)
+    else:
+        data = read_folder(flags.data, flags.image_size, flags.output)
+    if saved and saved["fingerprint"] != data.fingerprint:
+        stop(f"{data.name}: not the pictures that the run began with; bring those, or start anew")
+    return data
+
+
+def read_named(name):
+    """Return the `Data` of a set by name, all in memory: images, uint8 N×3×32×32, and labels.
+
+    "auto" is CIFAR-10, or digits where that is neither on disk nor can be downloaded.
+    """
+    if name != "digits":
+        dataset = datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
         try:
-            return read_data("cifar10", size, output)
-        except SystemExit as problem:
-            show_banner(problem, "training on drawn DIGITS, which say nothing about photos")
-            return read_data("digits", size, output)
-    print(f"reading  {printable(name)}", flush=True)
-    in_memory = name in ("cifar10", "cifar100", "digits")
-    if in_memory and os.path.isdir(name):
-        warnings.warn(f"{name} is the set of that name; for the folder say ./{name}", stacklevel=1)
+            train = dataset("data", train=True, download=True)
+            test = dataset("data", train=False, download=True)
+            name = dataset.__name__.lower()
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: a wrong checksum
+            problem = f"{dataset.__name__} is not in ./data and cannot be downloaded ({error})"
+            if name != "auto":
+                stop(f"{problem}; try again later")
+            warn(f"{problem}\n\n    TRAINING ON DRAWN DIGITS, which say little of photos\n")
+            name = "digits"
     if name == "digits":
-        pictures, labels, parts, classes = draw_digits()
-    elif in_memory:
-        pictures, labels, parts, classes = read_cifar(name)
-    else:
-        pictures, labels, parts, classes = read_folder(name, output)
-    labels = np.array(labels)
-    parts = split_off_missing(labels, np.array(parts), classes, name)
-    size = size or (32 if in_memory else 224)
-    if in_memory:
-        images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-        labels = torch.from_numpy(labels).long()
-        train, val, test = (TensorDataset(images[part], labels[part]) for part in parts)
-    else:
-        name = os.path.abspath(name)  # so a resumed run finds it
-        train, val, test = (PicturesInFiles(pictures[part], labels[part], size) for part in parts)
-        train.replace = True
-    return Data(name, train, val, test, classes, size, mirror=name != "digits")
+        train = draw_digits(5000, seed=0)
+        test = draw_digits(1000, seed=1)
+    images = torch.from_numpy(np.concatenate([train.data, test.data])).permute(0, 3, 1, 2)
+    labels = np.array([*train.targets, *test.targets])
+    parts = np.where(np.arange(len(labels)) < len(train.targets), "train", "test")
+    split = split_off_missing(labels, parts, train.classes, name)
+    sets = [TensorDataset(images[part], torch.from_numpy(labels[part])) for part in split]
+    return Data(name, *sets, train.classes, fingerprint=name)
 
 
-def read_cifar(name):
-    """Return pixels, labels, parts and classes of CIFAR-10 or CIFAR-100, fetched if need be."""
-    dataset = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    folder = Path("data").absolute()
-    try:
-        train = dataset(folder, train=True, download=True)
-        test = dataset(folder, train=False, download=True)
-    except Exception as error:
-        stop(f"{name} is not in {folder} and cannot be fetched ({reason(error)}); try later")
-    pixels = np.concatenate([train.data, test.data])
-    parts = ["train"] * len(train) + ["test"] * len(test)
-    return pixels, train.targets + test.targets, parts, train.classes
-
-
-def draw_digits():
-    """Return pixels, labels, parts and classes of 6,000 drawn pictures of the ten digits."""
-    rng = np.random.default_rng(0)
-    fonts = [ImageFont.load_default(size) for size in range(18, 29)]
-    labels = [index % 10 for index in range(6000)]
-    pixels = []
-    for label in labels:
-        font = fonts[rng.integers(len(fonts))]
-        glyph = Image.new("L", (32, 32))
-        ImageDraw.Draw(glyph).text(rng.uniform(13, 19, 2), str(label), 255, font, anchor="mm")
-        glyph = glyph.rotate(rng.uniform(-20, 20), Image.Resampling.BILINEAR)
-        ink = np.asarray(glyph)[:, :, None] / 255
-        colours = [rng.integers(0, 100, 3), rng.integers(156, 256, 3)]
-        front, back = rng.permutation(colours)
-        picture = front * ink + back * (1 - ink) + rng.normal(0, 12, (32, 32, 3))
-        pixels.append(picture.clip(0, 255).astype(np.uint8))
-    return np.stack(pixels), labels, ["train"] * 5000 + ["test"] * 1000, list("0123456789")
+def draw_digits(count, seed):
+    """Return drawn digits as torchvision has its sets: data, uint8 N×32×32×3, targets, classes."""
+    rng = np.random.default_rng(seed)
+    targets = np.arange(count) % 10
+    data = np.zeros((count, 32, 32, 3), dtype=np.uint8)
+    for index, label in enumerate(targets):
+        picture = Image.new("RGB", (32, 32), "white")
+        font = ImageFont.load_default(rng.integers(18, 29))
+        ImageDraw.Draw(picture).text(rng.uniform(13, 19, 2), str(label), "black", font, anchor="mm")
+        data[index] = picture.rotate(rng.uniform(-20, 20), fillcolor="white")
+    return SimpleNamespace(data=data, targets=targets, classes=list("0123456789"))
 
 
 def split_off_missing(labels, parts, classes, source):
-    """Return the indices of train, val and test; one without pictures gets a tenth of each class.
+    """Return the places of train, val and test; a missing part gets a tenth of each class.
 
+    labels, parts: arrays of N whole numbers, and N times "train", "val" or "test"
     The split does not depend on --seed: it is always the same.
     """
     rng = np.random.default_rng(0)
     missing = [part for part in ("val", "test") if part not in parts]
     train = np.flatnonzero(parts == "train")
-    train = train[np.argsort(labels[train], kind="stable")]  # class by class: there may be many
-    ends = np.cumsum(np.bincount(labels[train], minlength=len(classes)))
-    for name, own in zip(classes, np.split(train, ends[:-1])):
-        tenth = max(1, round(len(own) / 10))
-        if len(own) <= tenth * len(missing):
-            need = len(missing) + 1
-            stop(f"{source}: class {name} has {len(own)} pictures to split; give it {need} or more")
+    train = train[np.argsort(labels[train], kind="stable")]  # class by class
+    counts = np.bincount(labels[train], minlength=len(classes))
+    tenths = np.maximum(1, np.rint(counts / 10)).astype(int)
+    too_few = [classes[label] for label in np.flatnonzero(counts <= tenths * len(missing))]
+    if too_few:
+        stop(f"{source}: {len(missing) + 1} pictures a class are needed; add to {some(too_few)}")
+    for own, tenth in zip(np.split(train, np.cumsum(counts)[:-1]), tenths):
         own = rng.permutation(own)
         for number, part in enumerate(missing):
             parts[own[number * tenth : (number + 1) * tenth]] = part
@@ -351,175 +431,207 @@ def split_off_missing(labels, parts, classes, source):
 
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 PARTS |= {"val": "val", "valid": "val", "validation": "val"}
-HIDDEN = (".", "__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information")
-LAYOUTS = "a data set is DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg with val and test beside train"
+NO_DATA = "__MACOSX|@eaDir|Thumbs.db|desktop.ini|$RECYCLE.BIN|System Volume Information".split("|")
+LAYOUTS = "a data set has 2 classes or more: DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg, val, test"
 
 
-def read_folder(root, output):
-    """Return paths, labels, parts and classes of DIR/CLASS/** or DIR/train|val|test/CLASS/**."""
-    ours = [os.path.realpath(output), os.path.realpath(os.path.join(output, "previous"))]
-    tops = find_parts(root, ours)
-    folders = {part: list_folders(top, ours) for part, top in tops.items()}
-    classes = sorted(set().union(*folders.values()))
-    if len(classes) < 2:
-        stop(f"{root} needs two or more classes and has {classes}; {LAYOUTS}")
-    seen = {os.path.realpath(path): path for path in [*ours, root, *tops.values()]}
-    for part in tops:
-        for name in classes:
-            if name not in folders[part]:
-                stop(f"{root}: {part} has no folder {name}, as another part has; {LAYOUTS}")
-            path = folders[part][name]
-            same = seen.setdefault(os.path.realpath(path), path)
-            if same != path:
-                stop(f"{path} and {same} are one and the same folder; remove one")
-    found = []
-    left_out = []
-    for part in tops:
-        for label, name in enumerate(classes):
-            files = list_files(folders[part][name], seen)
-            pictures = [path for path in files if is_picture(path)]
-            check_some(pictures, files, f"class {name} of {root} ({part})")
-            found += [(path, label, part) for path in pictures]
-            left_out += [path for path in files if not is_picture(path)]
-    for top in sorted({root, *tops.values()}):
-        left_out += list_files(top, seen)
+def read_folder(root, size, output):
+    """Return the `Data` of DIR/CLASS/** or DIR/train|val|test/CLASS/**."""
+    files = list_files(root, output)
+    tops = sorted({path.split("/")[0] for path in files if "/" in path})
+    named = [name for name in tops if name.lower() in PARTS]
+    pictures = {}  # the paths in each (part, class)
+    inner = {}  # the names of the folders in each (part, class)
+    for path in files:
+        part, *folders, _ = path.split("/") if named else ["train", *path.split("/")]
+        if folders:
+            place = PARTS.get(part.lower()), folders[0]
+            inner.setdefault(place, set()).update(folders[1:2])
+            pictures.setdefault(place, [])
+            if path.lower().endswith(ENDINGS):
+                pictures[place].append(path)
+    check_layout(root, tops, named, inner)
+    for (part, name), paths in pictures.items():
+        check_decodes(root, paths, f"{part} pictures of class {name}")
+    found = [(path, name, part) for (part, name), paths in pictures.items() for path in paths]
+    paths, names, parts = zip(*found)
+    left_out = [path for path in set(files) - set(paths) if not path.endswith("/")]
     if left_out:
-        names = ", ".join(left_out[:20])
-        if len(left_out) > 20:
-            names += ", ..."
-        why = "in no folder of a class (see --predict), or of no kind that Pillow knows"
-        warnings.warn(f"{len(left_out)} files are left out, {why}: {names}", stacklevel=1)
-    paths, labels, parts = zip(*found)
-    return np.array([os.fsencode(path) for path in paths]), labels, parts, classes
+        warn(f"{len(left_out)} files are left out, no pictures or in no class: {some(left_out)}")
+    classes, labels = np.unique(names, return_inverse=True)
+    split = split_off_missing(labels, np.array(parts), classes.tolist(), root)
+    full_paths = np.array([os.fsencode(os.path.join(root, path)) for path in paths])
+    train, val, test = (PictureFiles(full_paths[part], labels[part], size) for part in split)
+    train.replace = True
+    fingerprint = hashlib.sha256(os.fsencode("\n".join(paths))).hexdigest()
+    return Data(os.path.abspath(root), train, val, test, classes.tolist(), fingerprint)
 
 
-def find_parts(root, ours):
-    """Return the folder of each part; if there is no division, all is there to train on."""
-    folders = list_folders(root, ours)
-    named = [name for name in folders if name.lower() in PARTS]
-    parts = [PARTS[name.lower()] for name in named]
-    flat = [name for name in named if not list_folders(folders[name], ours)]
-    others = [name for name in folders if name not in named]
-    if not named or (others and parts == ["train"] and flat):
-        return {"train": root}  # a class may be called train
-    files = {name: list_files(folders[name], ours) for name in others}
-    odd = [name for name in others if any(map(is_picture, files[name]))]
-    # a test folder without classes is left out, for it cannot tell the accuracy
-    odd += [name for name in flat if PARTS[name.lower()] != "test"]
-    if odd or "train" not in parts or len(parts) > len(set(parts)):
-        names = ", ".join(odd or named)
-        stop(f"{root}: it is not clear what {names} means beside {', '.join(folders)}; {LAYOUTS}")
-    return {PARTS[name.lower()]: folders[name] for name in named if name not in flat}
+def list_files(root, output):
+    """Return the paths of all files below a folder, relative to it, "/" between names, sorted.
 
-
-def list_folders(folder, ours):
-    """Return the visible folders in a folder, path by name, but those that are the program's."""
-    names = next(os.walk(folder, onerror=stop))[1]
-    paths = [os.path.join(folder, name) for name in names if not name.startswith(HIDDEN)]
-    paths = [path for path in paths if os.path.realpath(path) not in ours]
-    # names as one sees them: macOS writes an accent as a letter of its own
-    return {unicodedata.normalize("NFC", os.path.basename(path)): path for path in sorted(paths)}
-
-
-def list_files(folder, skip):
-    """Return the visible files below a folder, but not below folders with a real path in `skip`.
-
-    A link to a folder stands there as a file: it may lead round in a circle, or to another class.
+    An empty folder stands there as "name/". Left out is what is hidden, what systems make, and what
+    this program writes. Ends the program if a folder cannot be read.
     """
+    root = os.path.join(root, "")  # ends in a separator
+    ours = os.path.realpath(output)
     found = []
-    for path, folders, files in os.walk(folder, onerror=stop):
-        paths = {name: os.path.join(path, name) for name in [*folders, *files]}
-        folders[:] = [name for name in folders if os.path.realpath(paths[name]) not in skip]
-        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
-        files += [name for name in folders if os.path.islink(paths[name])]
-        found += [paths[name] for name in files if not name.startswith(HIDDEN)]
-    return sorted(found)
+    for folder, folders, files in os.walk(root, onerror=stop, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "." and name not in NO_DATA]
+        files = [name for name in files if name[0] != "." and name not in NO_DATA]
+        names = files if files or folders else [""]  # so an empty folder ends in a separator
+        found += [os.path.join(folder, name) for name in names]
+        folders[:] = [n for n in folders if os.path.realpath(os.path.join(folder, n)) != ours]
+    return sorted(path[len(root) :].replace(os.sep, "/") for path in found)
 
 
-def is_picture(path):
-    """Return whether a file has an ending that Pillow knows."""
-    return os.path.splitext(path)[1].lower() in Image.registered_extensions()
+def check_layout(root, tops, named, inner):
+    """End the program if it is not clear what the folders mean; warn if it is not quite clear.
+
+    tops: the folders in the root; named: those that are called train, val, test or the like
+    inner: the names of the folders in each (part, class)
+    """
+    parts = {PARTS[name.lower()] for name in named}
+    filled = {part for part, _ in inner}
+    classes = {name for _, name in inner}
+    real = {os.path.realpath(os.path.join(root, name)) for name in named}
+    common = set.intersection(*inner.values()) if inner else set()
+    odd = [name for name in tops if named and name not in named]
+    odd += ({"train"} | parts) - filled
+    odd += [f"{part}/{name}" for part in filled for name in classes if (part, name) not in inner]
+    odd += [name for name in common if name.lower() in PARTS]
+    if min(len(parts), len(real)) < len(named):
+        odd += named
+    if odd or len(classes) < 2:
+        stop(f"{root}: {some(odd or classes)} is missing or alone, or in an odd place; {LAYOUTS}")
+    if common:
+        warn(f"each of {some(classes)} holds {some(common)}: which of them are the classes?")
 
 
-def check_some(pictures, files, what):
-    """End the program if none of ten of these pictures can be decoded."""
-    problem = f"{files[0]} has no ending that Pillow knows" if files else "it is empty, or a link"
-    for path in reversed(pictures[:: len(pictures) // 10 + 1]):
+def check_decodes(root, paths, what):
+    """End the program if none of the first ten of these pictures can be decoded."""
+    problem = f"no file ends in {', '.join(ENDINGS)}"
+    for path in paths[:10]:
         try:
-            open_picture(path, size=1)
+            open_picture(os.path.join(root, path), size=1)
             return
-        except OSError as error:
+        except ValueError as error:
             problem = f"{path}: {error}"
-    stop(f"{what} has no pictures among {len(files)} files ({problem}); add some, or remove it")
+    stop(f"{root}: the {what} cannot be decoded ({problem}); convert them, or remove the folder")
 
 
 # ---- picture files -------------------------------------------------------------------------------
 
-# oddities in files that Pillow reads well; said here, so that loader workers keep to it, too
-warnings.filterwarnings("ignore", module="PIL")
-Image.preinit()  # so Pillow tries the most usual formats first
+# only these are opened: others may start programs, or fill the memory
+FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "AVIF"]
+ENDINGS = tuple(end for end, name in Image.registered_extensions().items() if name in FORMATS)
+warnings.filterwarnings("ignore", module="PIL")  # of oddities in files that it reads well
 
 
 def open_picture(path, size):
-    """Return a file as an upright RGB picture (PIL), of any size from size×size on.
+    """Return a file as an upright RGB picture (PIL), white where it is transparent.
 
-    Of its metadata only the orientation counts. Raises OSError for what is no picture, is damaged,
-    or has values without a known range (float, 32 bits).
+    It has its own size; a JPEG file may be decoded to a smaller one, but at least size×size.
+    Raises ValueError for what cannot be decoded, or has values without a known range (float,
+    32 bits), and OSError for a file that is gone or cannot be read.
     """
-    if not os.path.isfile(path):  # a pipe would never answer
-        raise OSError("it is not a file")
-    file = io.BytesIO(without_metadata(Path(path).read_bytes()))
     try:
-        image = Image.open(file)
-        image.draft("RGB", (size, size))  # lets the JPEG reader skip detail that is not needed
-        image.load()
-    except UnidentifiedImageError as error:
-        raise OSError("Pillow cannot identify it") from error
+        file = io.BytesIO(Path(path).read_bytes())
+    except OSError as error:
+        raise OSError(f"{path} cannot be read ({error.strerror}); --resume when it can") from error
+    try:
+        picture = Image.open(file, formats=FORMATS)
+        picture.draft("RGB", (size, size))  # faster: a large JPEG is decoded at a half or less
+        picture.load()
     except Exception as error:  # of a damaged file Pillow raises nearly anything
-        raise OSError(reason(error)) from error
-    with contextlib.suppress(Exception):  # of damaged metadata, too
-        ImageOps.exif_transpose(image, in_place=True)
-    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 is bits, 262 whether 0 is white or black
+        raise ValueError(repr(error)) from error
+    with contextlib.suppress(Exception):  # what it says of its orientation may be damaged, too
+        ImageOps.exif_transpose(picture, in_place=True)
+    mode = picture.mode
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF: 258 is the bits, 262 whether 0 is black
+    deep = mode.startswith("I;16") or (mode == "I" and picture.format in ("PNG", "PPM"))
     if deep and tags.get(258, (16,)) == (16,) and tags.get(262, 1) == 1:
-        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
-    # Pillow mixes up the bytes of three planes of 16 bits, if they are not compressed
-    planes = (tags.get(258), tags.get(259), tags.get(284)) == ((16, 16, 16), 1, 2)
-    if deep or planes or image.mode in ("I", "F", "LAB", "HSV"):
-        raise OSError(f"the range of its values (mode {image.mode}) is not known")
-    if image.mode == "La":  # grey, multiplied by its transparency
-        image = image.convert("LA")
-    return image.convert("RGB")
+        picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
+    elif deep or mode in ("I", "F", "LAB") or max(tags.get(258, (8,))) > 8:
+        raise ValueError(f"the range of its values (mode {mode}) is not known")
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert("RGB")
 
 
-def without_metadata(content):
-    """Return a JPEG or PNG file without its metadata, which may be damaged, except for EXIF.
+# ---- defaults and loaders ------------------------------------------------------------------------
 
-    What a JPEG file says of its colours, JFIF (E0) and Adobe (EE), stays, too. Other files are
-    returned as they are.
+
+def choose_defaults(flags, data, device, processes):
+    """Return the flags with those left unsaid chosen: the place to change a default."""
+    args = argparse.Namespace(**vars(flags))
+    count = len(data.train)
+    if args.weights != "none" and not args.resume:
+        try:
+            build_model(1, "imagenet")
+            args.weights = "imagenet"
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: a wrong checksum
+            problem = f"the ImageNet weights cannot be downloaded ({error})"
+            if args.weights == "imagenet":
+                stop(f"{problem}; try again later, or give --weights none")
+            warn(f"{problem}\n\n    STARTING FROM RANDOM WEIGHTS, which need more pictures\n")
+            args.weights = "none"
+    if args.freeze and args.weights == "none":
+        stop("--freeze would keep random weights as they are; leave it out")
+    if args.mirror is None:
+        args.mirror = data.name != "digits"
+    if args.batch_size is None:  # of few pictures so many that an epoch has some fifty steps
+        args.batch_size = 128 if count > 4000 else max(8, 2 * processes, count // 50)
+        args.batch_size -= args.batch_size % processes
+    if args.batch_size % processes or min(args.batch_size, count) < 2 * processes:
+        stop(f"{processes} processes: give each the same number of pictures in a batch, 2 or more")
+    if args.lr is None:
+        args.lr = 0.01 if args.freeze else {"imagenet": 0.001, "none": 0.003}[args.weights]
+    if args.patience is None:  # so late the rate has fallen to a tenth of its peak
+        args.patience = math.ceil(0.875 * args.epochs / args.validate_every)
+    files = 0 if isinstance(data.train, TensorDataset) else count
+    args.workers = choose_workers(args.workers, files, args.batch_size, args.image_size, device)
+    return args
+
+
+def choose_workers(said, files, batch_size, size, device):
+    """Return how many processes decode pictures: few on a CPU, which has to train, too.
+
+    On two processors, one process that decodes and trains by turns was the fastest.
     """
-    if content.startswith(b"\xff\xd8"):  # JPEG: segments, up to the pixels (DA)
-        content = bytearray(content)
-        place = 2
-        while content[place : place + 1] == b"\xff" and content[place + 1] not in (0xDA, 0xFF):
-            kind = content[place + 1]
-            end = place + 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-            whole = kind in (0xE0, 0xE1, 0xEE) and end - place >= 16
-            if 0xE0 <= kind <= 0xEF and not whole:
-                content[place + 1] = 0xFE  # a comment
-            place = end
-    if content.startswith(b"\x89PNG"):  # chunks; those of the pixels begin with a capital letter
-        kept = [content[:8]]
-        place = 8
-        while place < len(content):
-            end = place + 12 + int.from_bytes(content[place : place + 4], "big")
-            chunk = content[place:end]
-            whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-            if chunk[4:5].isupper() or (chunk[4:8] == b"eXIf" and whole):
-                kept.append(chunk)
-            place = end
-        content = b"".join(kept)
-    return content
+    # on Linux each hands over its pictures through /dev/shm, up to three batches at a time
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 2**63
+    room = free // (3 * batch_size * 3 * size**2)
+    if said is not None and said > room:
+        stop(f"--workers {said}: /dev/shm has room for {room}; give no more, or enlarge it")
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    processors = len(affinity(0)) if affinity else os.cpu_count() or 1
+    processors //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    chosen = processors if device.type == "cuda" else max(0, processors - 1) // 2
+    return said if said is not None else min(8, room, chosen, files // 100)
+
+
+def make_loaders(data, args, device, rank, processes):
+    """Return the DataLoaders of the training, validation and test pictures.
+
+    They give batches of images, uint8 B×3×S×S, and labels, int64 B. Only training is shuffled, and
+    shared among the processes; `sampler.set_epoch` sets an order by seed and epoch alone.
+    """
+    batch_size = args.batch_size // processes
+    # fork: as copies of this process, which start at once, also in a notebook and in Python 3.14
+    options = {
+        "batch_size": batch_size,
+        "num_workers": args.workers,
+        "persistent_workers": args.workers > 0,
+        "multiprocessing_context": "fork" if args.workers and sys.platform == "linux" else None,
+        "pin_memory": device.type == "cuda",  # faster
+        "generator": torch.Generator(),  # the global one is for training alone
+    }
+    sampler = DistributedSampler(data.train, processes, rank, shuffle=True, seed=args.seed)
+    single = len(sampler) % batch_size == 1  # batch-norm cannot train on a batch of one picture
+    train_loader = DataLoader(data.train, sampler=sampler, drop_last=single, **options)
+    return train_loader, DataLoader(data.val, **options), DataLoader(data.test, **options)
 
 
 # ---- speed ---------------------------------------------------------------------------------------
@@ -530,9 +642,8 @@ class Conv3x3(nn.Conv2d):
 
     At 32 px ResNet18 ends on maps of 2×2 and 1×1 pixels. Where the output is one pixel only, up
     to eight of its nine taps (weights of the kernel) multiply zeros, and the others are a plain
-    matrix product: the same outputs and gradients with less arithmetic. It trained 1.36 times as
-    many pictures a second (.ci/bench.py, two cores of an AMD EPYC with native bfloat16). On a card
-    it is an ordinary convolution: there more operations take longer than more arithmetic.
+    matrix product: the same outputs and gradients with less arithmetic. On a GPU it is an ordinary
+    convolution: there more operations take longer than more arithmetic.
     """
 
     def forward(self, x):
@@ -559,211 +670,8 @@ def has_native_bfloat16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
-    native = any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    native = any(able.get(name) is True for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return native and torch.backends.mkldnn.is_available()  # macOS lacks the library
-
-
-def choose_workers(device, files):
-    """Return how many processes decode pictures: few on a CPU, which has to train, too.
-
-    On two processors, one process that decodes and trains by turns was the fastest.
-    """
-    if files < 100:
-        return 0
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
-    processors = len(affinity(0)) if affinity else os.cpu_count() or 1
-    if dist.is_initialized():
-        processors //= int(os.environ["LOCAL_WORLD_SIZE"])
-    return min(8, processors if device.type == "cuda" else max(0, processors - 1) // 2)
-
-
-# how loader workers start: on Linux as copies, at once, as they did before Python 3.14
-WORKER_START = "fork" if sys.platform == "linux" else None
-
-
-def loader_options(workers, device):
-    """Return what all DataLoaders are given beside their pictures."""
-    return {
-        "num_workers": workers,
-        "persistent_workers": workers > 0,
-        "multiprocessing_context": WORKER_START if workers else None,
-        "worker_init_fn": prepare_worker,
-        "pin_memory": device.type == "cuda",
-        "generator": torch.Generator(),  # the global one is for training alone
-    }
-
-
-def prepare_worker(worker):
-    """Make a loader worker warn as the program does, and leave Ctrl-C to the main process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.showwarning = show_warning
-    sys.excepthook = lambda *_: None  # of a thread that sends when the main process has gone
-    # a worker whose batch cannot be sent would go on, and the main process wait for the batch
-    leave = staticmethod(lambda error, batch: os._exit(1))
-    multiprocessing.queues.Queue._on_queue_feeder_error = leave
-
-
-# ---- defaults ------------------------------------------------------------------------------------
-
-
-def fetch_weights(weights):
-    """Return the state_dict of some torchvision weights, from torch's cache or fetched."""
-    try:
-        bar = sys.stderr is not None and sys.stderr.isatty()
-        return weights.get_state_dict(progress=bar, check_hash=True, weights_only=True)
-    except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        hint = "try later, or give --weights none"
-        stop(f"the ImageNet weights cannot be had ({reason(error)}); {hint}")
-
-
-def choose_defaults(args, data, device, world):
-    """Return the flags with those left unsaid chosen: the place to change a default."""
-    if args.weights == "auto":
-        args.weights = "imagenet"
-        try:
-            build_model(1, "imagenet")
-        except SystemExit as problem:
-            if args.freeze:
-                raise
-            show_banner(problem, "Starting from RANDOM weights instead, which need more pictures.")
-            args.weights = "none"
-    args.flags |= {"data": data.name, "weights": args.weights}
-    args.image_size = data.image_size
-    args.bfloat16 = has_native_bfloat16(device)
-    count = len(data.train)
-    if count < 2 * world:
-        stop(f"{count} pictures to train on are too few for {world} processes; start fewer")
-    cards = torch.cuda.device_count()
-    if device.type == "cuda" and world > 1 and int(os.environ["LOCAL_WORLD_SIZE"]) > cards:
-        stop(f"the processes need a card each (here: {cards}); start fewer, or say --device cpu")
-    if args.batch_size is None:  # of few pictures so many that an epoch has some fifty steps
-        batch_size = 128 if count > 4000 else max(8, count // 50)
-        args.batch_size = max(2, batch_size // world) * world
-    if args.lr is None:
-        args.lr = 0.001 if args.weights == "imagenet" else 0.003
-        if args.freeze:
-            args.lr = 0.01
-    if args.patience is None:  # so late the rate has fallen to a tenth of its peak
-        args.patience = math.ceil(0.875 * args.epochs / args.validate_every)
-    if args.workers is None:
-        files = 0 if isinstance(data.train, TensorDataset) else count
-        args.workers = choose_workers(device, files)
-    if args.batch_size % world or args.batch_size < 2 * world:
-        hint = f"give a multiple of {world} from {2 * world} on"
-        stop(f"{world} processes cannot share --batch-size {args.batch_size} evenly; {hint}")
-    return args
-
-
-def describe(args, data, model, device, world):
-    """Return the lines that say what was chosen."""
-    names = ", ".join(data.classes[:10])
-    if len(data.classes) > 10:
-        names += ", ..."
-    sizes = f"{len(data.train)} train, {len(data.val)} val, {len(data.test)} test"
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    precision = "bfloat16 in training" if args.bfloat16 else "float32"
-    return f"""\
-data     {printable(data.name)}: {sizes}, {args.image_size} x {args.image_size} pixels
-classes  {len(data.classes)}: {printable(names)}
-weights  {args.weights}, {trained:,} parameters to train
-device   {device}, {precision}, processes: {world}, loader workers: {args.workers}
-training {args.epochs} epochs, batch size {args.batch_size}, learning rate {args.lr}, \
-patience {args.patience}, seed {args.seed}"""
-
-
-# ---- report and picture of mistakes --------------------------------------------------------------
-
-
-def report(labels, predictions, classes):
-    """Return the lines that tell accuracy, each class's scores, and what is confused most."""
-    names = [printable(name) for name in classes]
-    count = len(names)
-    decoded = labels != UNDECODABLE
-    if not decoded.any():
-        stop("no test picture can be decoded; give others")
-    pairs = labels[decoded] * count + predictions[decoded]
-    confusion = torch.bincount(pairs, minlength=count * count).view(count, count)  # true×predicted
-    right = confusion.diag()
-    true = confusion.sum(1)
-    predicted = confusion.sum(0)
-    precision = right / predicted.clamp(min=1)
-    recall = right / true.clamp(min=1)
-    f1 = 2 * right / (true + predicted).clamp(min=1)
-    lines = [f"test accuracy {right.sum() / true.sum():.2%} ({right.sum()} of {true.sum()})", ""]
-    width = max(len(name) for name in [*names, "class"])
-    lines.append(f"{'class':{width}}  precision  recall      F1   count")
-    rows = list(zip(names, precision, recall, f1, true))
-    rows.append(("mean", precision.mean(), recall.mean(), f1.mean(), true.sum()))
-    for name, p, r, f, number in rows:
-        lines.append(f"{name:{width}}  {p:9.4f}  {r:6.4f}  {f:6.4f}  {number:6}")
-    mistakes = confusion.fill_diagonal_(0)
-    if mistakes.any():
-        lines += ["", "most often confused (true -> predicted):"]
-    for place in mistakes.flatten().argsort(descending=True)[:5].tolist():
-        one, other = divmod(place, count)
-        if mistakes[one, other] > 0:
-            lines.append(f"{names[one]} -> {names[other]} {mistakes[one, other]}")
-    return lines
-
-
-def draw_mistakes(data, labels, predictions, confidences, output):
-    """Write mistakes.png: the test pictures that were most surely mistaken, and for what."""
-    path = Path(output, "mistakes.png")
-    wrong = torch.nonzero((labels != predictions) & (labels != UNDECODABLE)).flatten()
-    surest = wrong[confidences[wrong].argsort(descending=True)][:32].tolist()
-    if not surest:
-        path.unlink(missing_ok=True)  # an earlier picture
-        print("no mistakes, so no picture of them", flush=True)
-        return
-    font = ImageFont.load_default(13)
-    sheet = Image.new("RGB", (8 * 200, math.ceil(len(surest) / 8) * 240))
-    for number, index in enumerate(surest):
-        x = number % 8 * 200
-        y = number // 8 * 240
-        picture = v2.functional.to_pil_image(data.test[index][0])
-        sheet.paste(picture.resize((192, 192)), (x, y))
-        true = printable(data.classes[labels[index]])
-        predicted = printable(data.classes[predictions[index]])
-        text = f"{true:.24}\n-> {predicted:.18} {confidences[index]:.0%}"
-        ImageDraw.Draw(sheet).text((x, y + 194), text, "white", font)
-    file = io.BytesIO()
-    sheet.save(file, "png")
-    write(path, file.getvalue())
-    print(f"the surest mistakes are drawn in {printable(path)}", flush=True)
-
-
-# ---- prediction ----------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def predict(args, device):
-    """Print a line for each picture that --predict names, or that is in a folder it names.
-
-    Returns 0; ends the program with 1 if there are files that cannot be decoded.
-    """
-    best = load_checkpoint(Path(args.output, "best_model.pth"), "image_size")
-    classes = best["classes"]
-    model = build_model(len(classes), "none")
-    model.load_state_dict(best["model"])
-    model.to(device).eval()
-    paths = []
-    for path in args.predict:
-        paths += list_files(path, []) if os.path.isdir(path) else [path]
-    workers = choose_workers(device, len(paths)) if args.workers is None else args.workers
-    pictures = PicturesInFiles(paths, range(len(paths)), best["image_size"])  # label: which path
-    _, to_input = make_transforms(best["image_size"], mirror=False)
-    shown = 0
-    for images, numbers in DataLoader(pictures, 64, **loader_options(workers, device)):
-        shares = model(to_input(images.to(device))).softmax(dim=1)
-        shares, guesses = shares.topk(min(3, len(classes)))
-        for number, three, best in zip(numbers.tolist(), shares.tolist(), guesses.tolist()):
-            if number != UNDECODABLE:
-                texts = [f"{classes[i]} {share:.1%}" for i, share in zip(best, three)]
-                print(printable("  ".join([paths[number], *texts])), flush=True)
-                shown += 1
-    if shown < len(paths) or not paths:
-        stop(f"{len(paths) - shown} of {len(paths)} files are no pictures; name others")
-    return 0
 
 
 # ---- saving and resuming -------------------------------------------------------------------------
@@ -771,185 +679,177 @@ def predict(args, device):
 RUN_FILES = ["last.pth", "best_model.pth", "log.csv", "mistakes.png"]
 
 
-class Run:
-    """A training: how far it is, when it ends, and what is kept of it in the folder --output.
+def resume(saved, model, optimizer, scheduler, steps_per_epoch):
+    """Bring model, optimizer and scheduler to where a saved run was; return its history and id.
 
-    history: a row for each epoch, as log.csv has them
+    The rate, its schedule and the decay are those of today's flags and code. Without a saved run
+    nothing is changed: the history is empty, and the id new.
     """
-
-    def __init__(self, args, data, model, optimizer, scheduler):
-        self.args = args
-        self.data = data
-        self.model = model
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.output = Path(args.output)
-        self.sizes = [len(data.train), len(data.val), len(data.test)]
-        self.history = []
-
-    def begin(self, saved, steps):
-        """Begin, or go on where a saved run was, with the rate and schedule of today's flags.
-
-        steps: in an epoch
-        """
-        if saved is None:
-            on_process_0(move_earlier_run_aside, self.output)
-        else:
-            if saved["classes"] != self.data.classes or saved["sizes"] != self.sizes:
-                stop(f"{self.data.name} has other classes or pictures than the run; start anew")
-            self.history = saved["history"]
-            self.model.load_state_dict(saved["model"])
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
-        self.optimizer.step()  # without gradients it changes nothing; schedulers want it first
-        for _ in range(len(self.history) * steps):
-            self.scheduler.step()
-        on_process_0(self.save)
-
-    def best(self):
-        """Return the row of the best validation, the earliest of equals, or None."""
-        validated = [row for row in self.history if row["val_accuracy"] is not None]
-        return max(validated, key=lambda row: row["val_accuracy"], default=None)
-
-    def epochs(self):
-        """Yield the numbers of the epochs that are still to be trained."""
-        while len(self.history) < self.args.epochs:
-            best = self.best()
-            since = max(self.args.patient_since, best["epoch"] if best else 0)
-            in_vain = sum(row["val_accuracy"] is not None for row in self.history[since:])
-            if 0 < self.args.patience <= in_vain:
-                break
-            self.epoch_start = time.perf_counter()
-            self.rate = self.optimizer.param_groups[0]["lr"]
-            yield len(self.history) + 1
-
-    def record(self, train_loss, seconds, validation):
-        """Note what an epoch came to, save the run and print a line.
-
-        train_loss, seconds: of the training alone, on this process
-        validation: what `evaluate` returned, or None
-        """
-        if dist.is_initialized():
-            losses = [None] * dist.get_world_size()
-            dist.all_gather_object(losses, train_loss)
-            train_loss = sum(losses) / len(losses)
-        row = {"epoch": len(self.history) + 1, "train_loss": train_loss}
-        row |= {"val_loss": None, "val_accuracy": None, "learning_rate": self.rate}
-        row["images_per_second"] = len(self.data.train) / seconds
-        scores = ""
-        best = ""
-        if validation:
-            row["val_loss"], labels, predictions, _ = validation
-            right = (labels == predictions)[labels != UNDECODABLE]
-            if len(right) == 0:
-                stop("no validation picture can be decoded; give others")
-            row["val_accuracy"] = right.double().mean().item()
-            scores = f"  val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.2%}"
-        row["seconds"] = time.perf_counter() - self.epoch_start
-        self.history.append(row)
-        on_process_0(self.save)
-        if row is self.best():
-            best = "  (best)"
-        epoch = f"epoch {row['epoch']:{len(str(self.args.epochs))}}/{self.args.epochs}"
-        speed = f"{row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
-        print(f"{epoch}  train loss {train_loss:.4f}{scores}  {speed}{best}", flush=True)
-
-    def save(self):
-        """Write log.csv, last.pth and, if the last epoch is the best, best_model.pth.
-
-        In this order: a run that is killed in between writes its best model when it is resumed.
-        """
-        if self.history:
-            row = self.history[-1]
-            if not math.isfinite(row["train_loss"] + (row["val_loss"] or 0)):
-                hint = f"go on from the epoch before with --resume and a --lr below {self.args.lr}"
-                stop(f"the loss is no longer a number; {hint}")
-            table = io.StringIO()
-            writer = csv.DictWriter(table, list(row), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.history)
-            write(self.output / "log.csv", table.getvalue().encode())
-        kept = {"model": self.model.state_dict(), "classes": self.data.classes}
-        last = {**kept, "optimizer": self.optimizer.state_dict(), "history": self.history}
-        last |= {"flags": self.args.flags, "sizes": self.sizes}
-        write_checkpoint(self.output / "last.pth", last)
-        best = self.best()
-        if best and best is self.history[-1]:
-            kept |= {"image_size": self.data.image_size, "epoch": best["epoch"]}
-            kept |= {"val_accuracy": best["val_accuracy"]}
-            write_checkpoint(self.output / "best_model.pth", kept)
-
-    def load_best(self):
-        """Give the model the best weights; end the program if they are not of this run."""
-        row = self.best()
-        if row is None:
-            stop("no epoch was validated; go on with --resume and more --epochs")
-        path = self.output / "best_model.pth"
-        best = load_checkpoint(path, "image_size")
-        if (best["epoch"], best["val_accuracy"]) != (row["epoch"], row["val_accuracy"]):
-            stop(f"{path} is of another run; start a new one")
-        self.model.load_state_dict(best["model"])
+    if saved is None:
+        return [], os.environ.get("TORCHELASTIC_RUN_ID", os.urandom(8).hex())
+    model.load_state_dict(saved["model"])
+    today = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({**saved["optimizer"], "param_groups": today})
+    optimizer.step()  # changes nothing, without gradients; PyTorch warns if a scheduler is first
+    for _ in range(saved["epoch"] * steps_per_epoch):
+        scheduler.step()
+    return saved["history"], saved["run_id"]
 
 
-def move_earlier_run_aside(output):
-    """Move what an earlier run wrote into `previous`, in the place of what was there.
-
-    last.pth goes first: where it is gone already, a move was interrupted, and goes on. A run that
-    has not finished an epoch is not kept.
-    """
-    previous = output / "previous"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        earlier = [name for name in RUN_FILES if (output / name).exists()]
-        if earlier in ([], ["last.pth"]):
-            return
+def prepare_output(output, saved):
+    """Move an earlier run in the folder aside, or complete the files of one that was killed."""
+    output.mkdir(parents=True, exist_ok=True)
+    if saved:
+        if validations_since_best(saved["history"]) == 0:  # it may have been killed before this
+            keys = ["model", "classes", "image_size", "run_id", *saved["history"][0]]
+            save(output / "best_model.pth", {key: saved[key] for key in keys})
+        write_log(output / "log.csv", saved["history"])
+    elif (output / "last.pth").exists():
+        previous = output / "previous"
         previous.mkdir(exist_ok=True)
-        if "last.pth" in earlier:
-            for name in RUN_FILES:
-                (previous / name).unlink(missing_ok=True)
-        for name in earlier:
-            os.replace(output / name, previous / name)
-    except OSError as error:
-        stop(f"cannot write into {output} or {previous} ({reason(error)}); name another --output")
-    print(f"the earlier run in {printable(output)} is now in {printable(previous)}", flush=True)
+        for name in RUN_FILES:
+            (previous / name).unlink(missing_ok=True)
+            if (output / name).exists():
+                os.replace(output / name, previous / name)
+        print(f"the earlier run in {output} is now in {previous}", flush=True)
 
 
-def write(path, content):
-    """Write a file that takes the place of an older one when it is whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may write at once
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        hint = "make room, or close it in other programs, then go on with --resume"
-        stop(f"cannot write {path} ({reason(error)}); {hint}")
+def validations_since_best(history):
+    """Return how many rows come after the best one: of equal accuracies that of the lower loss."""
+    scores = [(row["val_accuracy"], -row["val_loss"]) for row in history]
+    return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
 
-def write_checkpoint(path, checkpoint):
-    """Write a checkpoint, as torch.save does, and behind it the checksum of its bytes.
+def save(path, checkpoint):
+    """Write a checkpoint, as torch.save does; an older one stays whole until the new one is.
 
-    It is made in memory first, so that only the disk can fail; torch.load passes the checksum over.
+    Raises OSError.
     """
-    file = io.BytesIO()
+    file = io.BytesIO()  # so that a full disk is an OSError, which torch.save would change
     torch.save(checkpoint, file)
-    content = file.getvalue()
-    write(path, content + hashlib.sha256(content).digest())
+    with open(path.with_name("unfinished.tmp"), "wb") as target:
+        target.write(file.getvalue())
+        target.flush()
+        os.fsync(target.fileno())
+    os.replace(target.name, path)
+
+
+def write_log(path, history):
+    """Write log.csv, a row for each validated epoch; warn if another program holds it open."""
+    try:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([history[0].keys(), *(row.values() for row in history)])
+    except OSError as error:
+        warn(f"cannot write {path} ({error}); nothing is lost, the next epoch tries again")
 
 
 def load_checkpoint(path, key):
-    """Return a checkpoint that `write_checkpoint` wrote, with this key; nothing is executed."""
-    try:
-        content = path.read_bytes()
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # of what is none, torch.load raises nearly anything
-        stop(f"cannot use {path} ({reason(error)}); train first, or name another --output")
-    if content[-32:] != hashlib.sha256(content[:-32]).digest() or key not in checkpoint:
+    """Return a checkpoint that this program wrote, with this key; nothing in it is executed."""
+    if not path.exists():
+        stop(f"there is no {path}: no epoch is saved there; train first, or name another --output")
+    content = path.read_bytes()
+    checkpoint = None
+    with contextlib.suppress(Exception):  # of what is no checkpoint, both raise nearly anything
+        # torch.load does not look at the checksums in the file
+        if zipfile.ZipFile(io.BytesIO(content)).testzip() is None:
+            checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict) or key not in checkpoint:
         stop(f"{path} is damaged, or not of this program; train again, or name another --output")
     return checkpoint
+
+
+def load_best(output, history, run_id):
+    """Return the best checkpoint of a run; end the program if another run has replaced it."""
+    path = output / "best_model.pth"
+    best = load_checkpoint(path, "run_id")
+    best_epoch = history[-1 - validations_since_best(history)]["epoch"]
+    if (best["run_id"], best["epoch"]) != (run_id, best_epoch):
+        stop(f"{path} is of another run, which wrote into the same --output; train again")
+    return best
+
+
+# ---- report and picture of mistakes --------------------------------------------------------------
+
+
+def report(labels, predictions, classes):
+    """Return the lines that tell accuracy, each class's scores, and what is confused most."""
+    decoded = labels != UNDECODABLE
+    labels = labels[decoded]
+    predictions = predictions[decoded]
+    wrong = labels != predictions
+    right = torch.bincount(labels[~wrong], minlength=len(classes))
+    true = torch.bincount(labels, minlength=len(classes))
+    predicted = torch.bincount(predictions, minlength=len(classes))
+    precision = right / predicted.clamp(min=1)
+    recall = right / true.clamp(min=1)
+    f1 = 2 * right / (true + predicted).clamp(min=1)
+    width = max(len(name) for name in [*classes, "class"])
+    lines = [f"test accuracy {right.sum() / len(labels):.2%} ({right.sum()} of {len(labels)})", ""]
+    lines.append(f"{'class':{width}}  precision  recall      F1   count")
+    rows = list(zip(classes, precision, recall, f1, true))
+    rows.append(("mean", precision.mean(), recall.mean(), f1.mean(), len(labels)))
+    for name, p, r, f, count in rows:
+        lines.append(f"{name:{width}}  {p:9.4f}  {r:6.4f}  {f:6.4f}  {count:6}")
+    lines += ["", "most often confused (true -> predicted):"]
+    pairs = Counter(zip(labels[wrong].tolist(), predictions[wrong].tolist()))
+    for (one, other), count in pairs.most_common(5):
+        lines.append(f"{classes[one]} -> {classes[other]} {count}")
+    return lines
+
+
+def draw_mistakes(output, data, labels, predictions, confidences):
+    """Write mistakes.png: the test pictures that were most surely mistaken, and for what."""
+    wrong = torch.nonzero((labels != predictions) & (labels != UNDECODABLE)).flatten()
+    surest = wrong[confidences[wrong].argsort(descending=True)][:32].tolist()
+    sheet = Image.new("RGB", (8 * 200, max(1, math.ceil(len(surest) / 8)) * 240))
+    for number, index in enumerate(surest):
+        tile = Image.new("RGB", (200, 240))
+        tile.paste(v2.functional.to_pil_image(data.test[index][0]).resize((192, 192)))
+        true = data.classes[labels[index]]
+        predicted = data.classes[predictions[index]]
+        text = f"{true:.24}\n-> {predicted:.18} {confidences[index]:.0%}"
+        ImageDraw.Draw(tile).text((0, 194), text, "white", ImageFont.load_default(13))
+        sheet.paste(tile, (number % 8 * 200, number // 8 * 240))
+    sheet.save(output / "mistakes.png")
+
+
+# ---- prediction ----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def predict(flags, device):
+    """Print a line for each picture that --predict names, or that is in a folder it names.
+
+    Returns 0; ends the program with 1 if there are files that cannot be decoded.
+    """
+    checkpoint = load_checkpoint(Path(flags.output, "best_model.pth"), "run_id")
+    classes = checkpoint["classes"]
+    model = build_model(len(classes), "none")
+    model.load_state_dict(checkpoint["model"])
+    model.to(device).eval()
+    paths = []
+    for path in flags.predict:
+        if not os.path.exists(path):
+            stop(f"there is no {path}")
+        if os.path.isdir(path):
+            files = list_files(path, flags.output)
+            paths += [os.path.join(path, name) for name in files if name.lower().endswith(ENDINGS)]
+        else:
+            paths.append(path)
+    # in place of a label: which path
+    pictures = PictureFiles(paths, range(len(paths)), checkpoint["image_size"])
+    loader = DataLoader(pictures, batch_size=64, num_workers=flags.workers or 0)
+    shown = 0
+    for images, numbers in prepare_batches(loader, device, checkpoint["image_size"]):
+        top = model(images).softmax(dim=1).topk(min(3, len(classes)))
+        for number, shares, labels in zip(numbers, top.values, top.indices):
+            if number != UNDECODABLE:
+                shown += 1
+                told = [f"{classes[label]} {share:.1%}" for label, share in zip(labels, shares)]
+                print("  ".join([paths[number], *told]), flush=True)
+    if shown < len(paths) or not paths:
+        stop(f"{len(paths) - shown} of {len(paths)} pictures cannot be decoded")
+    return 0
 
 
 # ---- several processes, under torchrun; a single one passes through unchanged --------------------
@@ -957,40 +857,23 @@ def load_checkpoint(path, key):
 
 def join_processes():
     """Return this process's number and how many there are: 0 and 1, unless torchrun started it."""
-    if not dist.is_torchelastic_launched():
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
-    backend = "gloo"
-    try:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-            if dist.is_nccl_available():  # not on Windows
-                backend = "cpu:gloo,cuda:nccl"
-        timeout = datetime.timedelta(hours=2)  # a download may be slow
-        dist.init_process_group(backend, timeout=timeout)
-    except Exception as error:
-        stop(f"the processes cannot meet ({reason(error)}); start them anew")
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # process 0 alone prints
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # for slow downloads
     return dist.get_rank(), dist.get_world_size()
 
 
 def on_process_0(function, *args):
-    """Call a function on process 0 alone; return its result, or exit as it does, on all."""
-    if not dist.is_initialized():
+    """Call a function in process 0 alone, and return its result in all; its end ends them all."""
+    if not dist.is_available() or not dist.is_initialized():
         return function(*args)
-    outcome = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function(*args)
-        except SystemExit as problem:
-            outcome[1] = problem
-    dist.broadcast_object_list(outcome)
-    result, problem = outcome
-    if problem:
-        if dist.get_rank() > 0:
-            sys.exit(problem.code if problem.code in (0, 2) else 1)  # process 0 says why
-        raise problem
-    return result
+    result = [function(*args) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(result)
+    return result[0]
 
 
 # ---- what is said --------------------------------------------------------------------------------
@@ -998,156 +881,68 @@ def on_process_0(function, *args):
 
 def stop(problem):
     """End the program with an error in one line."""
-    sys.exit(printable(f"error: {problem}"))
+    sys.exit(f"error: {problem}")
 
 
-def printable(text):
-    """Return a text with whatever would break its line escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+@functools.cache
+def warn(text):
+    """Write a warning on stderr, each text once."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def reason(error):
-    """Return what an error of a library says, in one line."""
-    text = getattr(error, "strerror", None) or str(error) or repr(error)
-    return text.splitlines()[0][:200]
+def some(names):
+    """Return the first twenty of some names, as a text."""
+    return ", ".join(sorted(names)[:20]) + ", ..." * (len(names) > 20)
 
 
-def show_warning(message, *_):
-    """Write a warning in one line; Python itself says each text once a process."""
-    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+def describe(data, args, device, processes):
+    """Return the lines that say what was chosen, in flags that can be typed again."""
+    sizes = f"{len(data.train)} train, {len(data.val)} val, {len(data.test)} test"
+    return f"""\
+data     {data.name}: {sizes}; {len(data.classes)} classes: {some(data.classes)}
+device   {device}, processes: {processes}, workers: {args.workers}
+flags    --image-size {args.image_size} --{"mirror" if args.mirror else "no-mirror"} \
+--epochs {args.epochs} --batch-size {args.batch_size} --lr {args.lr} --weights {args.weights} \
+--patience {args.patience} --seed {args.seed} --output {args.output}"""
 
 
-def show_banner(problem, consequence):
-    """Write a warning on stderr that cannot be overlooked."""
-    lines = [str(problem).replace("error:", "warning:"), f"warning: {consequence}"]
-    print("=" * 80, *lines, "=" * 80, sep="\n", file=sys.stderr, flush=True)
+def describe_epoch(row, epochs, is_best):
+    """Return the line that tells what an epoch came to."""
+    number = f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}"
+    loss = f"train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}"
+    speed = f"{row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
+    best = "  (best)" if is_best else ""
+    return f"{number}  {loss}  val accuracy {row['val_accuracy']:.2%}  {speed}{best}"
 
 
 def show_progress(loader):
     """Yield the batches of a loader; in a terminal a line tells how far they are."""
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    shows = first and sys.stderr is not None and sys.stderr.isatty()
+    shows = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     start = time.monotonic()
     shown = start
     for number, batch in enumerate(loader, 1):
         yield batch
         if shows and time.monotonic() - shown > 1:
             shown = time.monotonic()
-            speed = number / (shown - start)
-            left = datetime.timedelta(seconds=round((len(loader) - number) / speed))
-            text = f"batch {number}/{len(loader)}  {loader.batch_size * speed:.0f} images/s"
-            print(f"{text}  {left} left".ljust(60), end="\r", file=sys.stderr, flush=True)
-    if shows:
-        print(" " * 60, end="\r", file=sys.stderr, flush=True)
+            seconds = round((shown - start) / number * (len(loader) - number))
+            text = f"batch {number} of {len(loader)}, {datetime.timedelta(seconds=seconds)} left"
+            print(text.ljust(60), end="\r", file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def endings_in_one_line():
-    """Say in one line what may end a run and is nobody's mistake in the code."""
+def run():
+    """Run the program; say in one line what may end it and is no mistake in the code."""
     if hasattr(sys.stdout, "reconfigure"):  # names may have letters that it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
-    socket.setdefaulttimeout(NETWORK_TIMEOUT)
-    warnings.showwarning = show_warning
     try:
-        yield
-        if dist.is_initialized():  # after an error it would wait for the others
-            dist.destroy_process_group()
+        return main()
     except KeyboardInterrupt:
-        hint = "go on with --resume if training had begun"
-        print(f"error: interrupted; {hint}", file=sys.stderr, flush=True)
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read what is printed has gone, as `head` does
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
-        stop("nobody reads what is printed any more")
-    except (MemoryError, RuntimeError, OSError) as error:
-        for sign, advice in ADVICE.items():
-            if sign in repr(error):
-                stop(advice)
-        raise
-
-
-NETWORK_TIMEOUT = 15  # seconds that an address of a server may stay silent
-# what torch and the system say where memory runs out, and where another process is lost
-NO_MEMORY = "memory ran out; go on with --resume and a smaller --batch-size or --image-size"
-NO_WORKER = "a loader worker died, or could not send its pictures; give --workers 0, or more "
-NO_WORKER += "shared memory (/dev/shm)"
-MEMORY_SIGNS = ["MemoryError", "DefaultCPUAllocator", "out of memory", "ALLOC_FAILED"]
-MEMORY_SIGNS += ["Cannot allocate memory"]
-WORKER_SIGNS = ["DataLoader worker (pid", "</torch_", "<torch_"]
-NO_PROCESS = "another process of the run has ended; go on with --resume"
-PROCESS_SIGNS = ["gloo/transport", "remote process exited"]
-ADVICE = dict.fromkeys(MEMORY_SIGNS, NO_MEMORY) | dict.fromkeys(WORKER_SIGNS, NO_WORKER)
-ADVICE |= dict.fromkeys(PROCESS_SIGNS, NO_PROCESS)
-
-
-# ---- flags ---------------------------------------------------------------------------------------
-
-# the smallest values that are allowed
-LEAST = {"image_size": 1, "epochs": 1, "batch_size": 2, "lr": 1e-12, "validate_every": 1}
-LEAST |= {"patience": 0, "seed": 0, "workers": 0}
-
-
-def make_parser():
-    """Return the parser of the flags; in brackets what is taken if one is left out."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    data = "cifar10, cifar100, digits, or a folder of pictures (cifar10, else digits)"
-    predict = "classify these pictures, or those in these folders, by the model in --output"
-    weights = ["auto", "imagenet", "none"]
-    devices = ["auto", "cuda", "cpu"]
-    add = parser.add_argument
-    add("--data", default="auto", metavar="NAME|DIR", help=data)
-    add("--image-size", type=int, metavar="PX", help="side of the pictures (32; of a folder: 224)")
-    add("--epochs", type=int, default=10, metavar="N", help="times through the pictures (10)")
-    add("--batch-size", type=int, metavar="N", help="pictures in a step, of all processes (chosen)")
-    add("--lr", type=float, help="learning rate at its peak (chosen)")
-    add("--weights", default="auto", choices=weights, help="to start from (imagenet, else none)")
-    add("--freeze", action="store_true", help="train the new head alone (train all)")
-    add("--validate-every", type=int, default=1, metavar="N", help="validate every N epochs (1)")
-    add("--patience", type=int, metavar="N", help="stop after N validations in vain (chosen)")
-    add("--seed", type=int, default=0, metavar="N", help="same seed, same result (0)")
-    add("--device", default="auto", choices=devices, help="where to compute (cuda, else cpu)")
-    add("--workers", type=int, metavar="N", help="processes that decode pictures (chosen)")
-    add("--output", default="checkpoint", metavar="DIR", help="where all is written (checkpoint)")
-    add("--resume", action="store_true", help="go on with the run in --output; other flags win")
-    add("--predict", nargs="+", metavar="PATH", help=predict)
-    parser.set_defaults(patient_since=0)  # patience counts from here, where a run was prolonged
-    return parser
-
-
-def parse_args(argv):
-    """Return the flags, and what is saved of the run that is resumed, or None.
-
-    A resumed run has the flags that it was started with, but what is typed now wins.
-    """
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    saved = None
-    if args.resume and not args.predict:
-        saved = load_checkpoint(Path(args.output, "last.pth"), "flags")
-        own = saved["flags"]
-        parser.set_defaults(**own)
-        parser.set_defaults(output=args.output)  # it may have moved
-        args = parser.parse_args(argv)
-        done = len(saved["history"])
-        if args.weights == "auto":
-            args.weights = own["weights"]
-        if (args.weights, args.freeze) != (own["weights"], own["freeze"]):
-            parser.error("--weights and --freeze are the run's own; leave them out with --resume")
-        if args.epochs < done:
-            parser.error(f"--epochs {args.epochs}: {done} are done; give {done} or more")
-        if args.epochs > own["epochs"]:
-            args.patient_since = done
-    for name, least in LEAST.items():
-        value = getattr(args, name)
-        if value is not None and not least <= value < 2**63:
-            parser.error(f"--{name.replace('_', '-')} {value}: give {least} or more, below 2**63")
-    if args.freeze and args.weights == "none" and not args.predict:
-        parser.error("--freeze would keep random weights; leave out --weights none")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no CUDA here; leave it out, or say --device cpu")
-    args.flags = dict(vars(args))
-    return args, saved
+        print("error: interrupted; --resume goes on after the last saved epoch", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError:
+        stop("the memory of the GPU is full; give a smaller --batch-size, with --resume if saved")
+    except (OSError, MemoryError) as error:
+        stop((str(error) or repr(error)).splitlines()[-1])  # a loader worker's is a traceback
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())
