@@ -178,37 +178,41 @@ def evaluate(model, batches):
 
 
 def main(argv=None):
-    """Run the program with the flags in `argv`, or those typed; return its exit code."""
-    # torchrun starts several processes that share the work; normally rank is 0 and processes is 1.
-    # on_process_0(f, x): process 0 calls f(x), and every process gets the result.
+    """Run the program with the flags in `argv`, or those typed; raise SystemExit for an error."""
+    # Normally there is one process, and rank is 0. torchrun starts several that share the work:
+    # on_process_0(f, x) means that process 0 calls f(x), and all get the result.
     rank, processes = join_processes()
     flags, saved = on_process_0(parse_args, argv)  # saved: with --resume, the run to go on with
     device = torch.device("cuda" if torch.cuda.is_available() and flags.device != "cpu" else "cpu")
     if flags.predict:
-        return predict(flags, device) if rank == 0 else 0
+        return predict(flags, device) if rank == 0 else None
 
-    # 1. data: three sets that share no picture, and a DataLoader for each (shuffled: the first)
+    # 1. data: three sets that share no picture, and a DataLoader for each; only training shuffles
     data = on_process_0(read_data, flags, saved)
-    args = on_process_0(choose_defaults, flags, data, device, processes)  # no flag is None now
+    args = on_process_0(choose_defaults, flags, data, device, processes)  # flags, none left unsaid
     train_loader, val_loader, test_loader = make_loaders(data, args, device, rank, processes)
     augment = make_augmentation(args.image_size, args.mirror)
     # 2. model
     torch.manual_seed(args.seed)
-    weights = "none" if saved or rank > 0 else args.weights  # these get theirs from elsewhere
+    # a resumed run has weights of its own, and processes above 0 get those of process 0
+    weights = "none" if saved or rank > 0 else args.weights
     model = build_model(len(data.classes), weights, args.freeze).to(device)
-    # training goes through `parallel_model`, on the same weights; `model` is evaluated and saved
+    # `parallel_model` has the same weights: train through it, but evaluate and save `model`
     parallel_model = DistributedDataParallel(model) if processes > 1 else model
-    if args.compile:  # not dynamic: a graph for each size of batch, the same in a resumed run
+    if args.compile:  # faster; not dynamic, so that a resumed run computes the same bits
         parallel_model = torch.compile(parallel_model, dynamic=False)
-    # 3. loss: with smoothed labels (0.91 for the true of ten classes), against being too sure
+    # 3. loss: cross entropy; smoothed labels (0.91 for the true one of ten) keep it from being
+    # too sure. It is for training alone: `evaluate` computes the plain loss
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    # 4. optimizer: Adam with weight decay (times the rate); its rate rises, then falls to nearly 0
+    # 4. optimizer: Adam with weight decay (0.2 times the rate), and a schedule: each step has another
+    # learning rate, which rises to --lr for three tenths of the run and then falls to nearly 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.2, fused=True)
-    steps = args.epochs * len(train_loader) + 1  # one more than are taken: its rate is useless
+    steps = args.epochs * len(train_loader) + 1  # one more than are taken: the last rate is 0
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
 
-    # --resume: weights, optimizer, schedule and history as they were after the last saved epoch
-    # history: a row for each validated epoch; run_id: tells this run's files from another's
+    # --resume: weights, optimizer, schedule and history as they were after the last saved epoch.
+    # history is a list with a row for each validated epoch (empty in a new run); run_id tells this
+    # run's files from those of another
     history, run_id = resume(saved, model, optimizer, scheduler, len(train_loader))
     output = Path(args.output)
     if rank == 0:
@@ -219,6 +223,7 @@ def main(argv=None):
     bf16 = has_native_bfloat16(device)  # mixed precision: faster, where the processor has it
     done = history[-1]["epoch"] if history else 0
     for epoch in range(done + 1, args.epochs + 1):
+        # early stop: so many validations in a row were not better than the best one before them
         if 0 < args.patience <= validations_since_best(history):
             warn(f"stopped: {args.patience} validations in vain; --resume --patience 0 goes on")
             break
@@ -232,18 +237,18 @@ def main(argv=None):
             continue  # no validation, no row
         batches = prepare_batches(val_loader, device, args.image_size)
         val_loss, labels, predictions, _ = on_process_0(evaluate, model, batches)
-        decoded = labels != UNDECODABLE
+        right = (predictions == labels)[labels != UNDECODABLE]
         row = {
             "epoch": epoch,
             "train_loss": train_loss,
             "val_loss": val_loss,
-            "val_accuracy": (predictions == labels)[decoded].double().mean().item(),
+            "val_accuracy": right.double().mean().item(),
             "learning_rate": scheduler.get_last_lr()[0],
             "images_per_second": images_per_second,
             "seconds": time.perf_counter() - start,
         }
         history.append(row)
-        is_best = validations_since_best(history) == 0
+        is_best = validations_since_best(history) == 0  # the highest accuracy so far
         about = {"classes": data.classes, "image_size": args.image_size, "run_id": run_id}
         checkpoint = {"model": model.state_dict(), **about, **row}
         to_resume = {
@@ -269,9 +274,9 @@ def main(argv=None):
     if rank == 0:
         print(*report(labels, predictions, data.classes), sep="\n", flush=True)
         draw_mistakes(output, data, labels, predictions, confidences)
+        print(f"all is in {output}; go on: --predict PICTURE, or --resume --epochs N", flush=True)
     if processes > 1:
         dist.destroy_process_group()
-    return 0
 
 
 # ==== below: what keeps a real run safe, in the order in which `main` calls it ====================
@@ -820,7 +825,7 @@ def draw_mistakes(output, data, labels, predictions, confidences):
 def predict(flags, device):
     """Print a line for each picture that --predict names, or that is in a folder it names.
 
-    Returns 0; ends the program with 1 if there are files that cannot be decoded.
+    Ends the program with an error if there are files that cannot be decoded.
     """
     checkpoint = load_checkpoint(Path(flags.output, "best_model.pth"), "run_id")
     classes = checkpoint["classes"]
@@ -849,7 +854,6 @@ def predict(flags, device):
                 print("  ".join([paths[number], *told]), flush=True)
     if shown < len(paths) or not paths:
         stop(f"{len(paths) - shown} of {len(paths)} pictures cannot be decoded")
-    return 0
 
 
 # ---- several processes, under torchrun; a single one passes through unchanged --------------------
