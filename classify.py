@@ -41,19 +41,21 @@ from torchvision.transforms import v2
 
 # ---- 1. data -------------------------------------------------------------------------------------
 
-UNDECODABLE = -100  # the label of a picture that cannot be decoded; cross entropy leaves it out
-PRIME = 2**31 - 1  # steps of a prime number reach every picture
+# the label of a picture that cannot be decoded; cross entropy leaves it out (its ignore_index)
+UNDECODABLE = -100
+PRIME = 2**31 - 1  # shares no factor with the number of pictures, so steps of it reach each one
 
 
 class PictureFiles(Dataset):
     """Picture files, decoded when they are asked for, and their labels (N whole numbers).
 
     A file that cannot be decoded is named in a warning. With `replace`, as in training, another one
-    takes its place. Without, it becomes an empty picture with the label UNDECODABLE.
+    takes its place. Without, it becomes an empty picture with the label UNDECODABLE. In all shapes
+    below, B is the number of pictures in a batch, and S the side of a picture in pixels.
     """
 
     def __init__(self, paths, labels, size, replace=False):
-        # one array, whose memory all loader processes share; of a list each would get a copy
+        # one array of bytes, which all loader processes share; a list would be copied into each
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
         self.size = size
@@ -64,15 +66,15 @@ class PictureFiles(Dataset):
 
     def __getitem__(self, index):
         """Return a picture, uint8 3×S×S, and its label. Raises OSError if the file is gone."""
-        for number in range(len(self) if self.replace else 1):
-            place = (index + number * PRIME) % len(self)  # far away: damage comes in rows
+        for attempt in range(len(self) if self.replace else 1):
+            place = (index + attempt * PRIME) % len(self)  # no neighbour: it may be damaged, too
             path = os.fsdecode(self.paths[place])
             try:
                 picture = open_picture(path, self.size)
             except ValueError as problem:
                 warn(f"{path} is left out: {problem}")
                 continue
-            picture = ImageOps.fit(picture, (self.size, self.size))  # resized, its middle cut out
+            picture = ImageOps.fit(picture, (self.size, self.size))  # resized, then cropped
             return v2.functional.pil_to_tensor(picture), int(self.labels[place])
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8), UNDECODABLE
 
@@ -93,10 +95,11 @@ def prepare_batches(loader, device, size, augment=None):
     # mean and deviation of the pictures that the ImageNet weights were trained with
     normalize = v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     for images, labels in show_progress(loader):
-        # channels_last and non_blocking: faster
+        # channels_last (another order in memory) and non_blocking make it faster, no more
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-        images = v2.functional.resize(images, [size, size])  # files have this size already
-        if augment:  # 16 images share a random choice: one for each would be slow
+        # CIFAR-10 comes as 32×32; picture files already have this size
+        images = v2.functional.resize(images, [size, size])
+        if augment:  # a transform draws once a call: here for 16 images, as one by one is slow
             images = torch.cat([augment(group) for group in images.split(16)])
         yield normalize(to_float(images)), labels.to(device, non_blocking=True)
 
@@ -119,7 +122,7 @@ def build_model(num_classes, weights, freeze=False):
     if freeze:
         model.requires_grad_(False)
     model.fc = nn.Linear(model.fc.in_features, num_classes)  # the head; new, so never frozen
-    skip_taps_on_padding(model)  # faster, with the same results
+    skip_taps_on_padding(model)  # faster: weights that meet nothing but padding are left out
     return model.to(memory_format=torch.channels_last)  # faster: another order in memory
 
 
@@ -134,7 +137,8 @@ def train_one_epoch(model, batches, criterion, optimizer, scheduler, bfloat16=Fa
     """
     model.train()
     for layer in model.modules():
-        # batch-norm gathers mean and variance of what it sees, even where its weights are frozen
+        # batch-norm gathers mean and variance of what it sees, even where its weights are frozen;
+        # eval() keeps it from that
         if isinstance(layer, nn.BatchNorm2d) and layer.affine and not layer.weight.requires_grad:
             layer.eval()
     total_loss = 0.0
@@ -166,10 +170,12 @@ def evaluate(model, batches):
     results = []
     for images, labels in batches:
         logits = model(images)
+        # the plain loss, without smoothing, however one trains
         total_loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
         probabilities = logits.softmax(dim=1)
         confidences, predictions = probabilities.max(dim=1)  # the largest value, and its place
         results.append((labels, predictions, confidences))
+    # join the batches: one tensor each
     labels, predictions, confidences = (torch.cat(column).cpu() for column in zip(*results))
     return float(total_loss / (labels >= 0).sum()), labels, predictions, confidences
 
@@ -189,30 +195,35 @@ def main(argv=None):
 
     # 1. data: three sets that share no picture, and a DataLoader for each; only training shuffles
     data = on_process_0(read_data, flags, saved)
-    args = on_process_0(choose_defaults, flags, data, device, processes)  # flags, none left unsaid
+    # flags: as typed; args: with a value chosen for each flag that was not typed
+    args = on_process_0(choose_defaults, flags, data, device, processes)
     train_loader, val_loader, test_loader = make_loaders(data, args, device, rank, processes)
     augment = make_augmentation(args.image_size, args.mirror)
     # 2. model
     torch.manual_seed(args.seed)
-    # a resumed run has weights of its own, and processes above 0 get those of process 0
+    # a resumed run gets its own weights below, and processes above 0 get those of process 0
     weights = "none" if saved or rank > 0 else args.weights
     model = build_model(len(data.classes), weights, args.freeze).to(device)
-    # `parallel_model` has the same weights: train through it, but evaluate and save `model`
+    # several processes: this wrapper hands out the weights of process 0, and backward averages the
+    # gradients of all. Train through it; evaluate and save `model`, which has the same weights
     parallel_model = DistributedDataParallel(model) if processes > 1 else model
-    if args.compile:  # faster; not dynamic, so that a resumed run computes the same bits
+    if (
+        args.compile
+    ):  # faster; dynamic=False compiles for each size of batch by itself, in any order
         parallel_model = torch.compile(parallel_model, dynamic=False)
-    # 3. loss: cross entropy; smoothed labels (0.91 for the true one of ten) keep it from being
-    # too sure. It is for training alone: `evaluate` computes the plain loss
+    # 3. loss: cross entropy; smoothed labels (of ten classes 0.91 for the true one, 0.01 for each
+    # other) keep the network from being too sure
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    # 4. optimizer: Adam with weight decay (0.2 times the rate), and a schedule: each step has another
-    # learning rate, which rises to --lr for three tenths of the run and then falls to nearly 0
+    # 4. optimizer: AdamW is Adam that in each step also shrinks each weight by 0.2 × the learning
+    # rate (weight decay). The schedule sets the rate for each step: it rises to --lr for three
+    # tenths of the run, then falls to nearly 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.2, fused=True)
-    steps = args.epochs * len(train_loader) + 1  # one more than are taken: the last rate is 0
+    steps = args.epochs * len(train_loader) + 1  # one more than are taken: the last is nearly 0
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
 
-    # --resume: weights, optimizer, schedule and history as they were after the last saved epoch.
-    # history is a list with a row for each validated epoch (empty in a new run); run_id tells this
-    # run's files from those of another
+    # --resume: weights, optimizer and history as they were after the last saved epoch, and today's
+    # schedule (which --epochs may have prolonged) at that place; in a new run nothing changes.
+    # history: a list, a row for each validated epoch; run_id: tells this run's files from another's
     history, run_id = resume(saved, model, optimizer, scheduler, len(train_loader))
     output = Path(args.output)
     if rank == 0:
@@ -223,7 +234,7 @@ def main(argv=None):
     bf16 = has_native_bfloat16(device)  # mixed precision: faster, where the processor has it
     done = history[-1]["epoch"] if history else 0
     for epoch in range(done + 1, args.epochs + 1):
-        # early stop: so many validations in a row were not better than the best one before them
+        # early stop: --patience validations in a row were no better than the best one (0: never)
         if 0 < args.patience <= validations_since_best(history):
             warn(f"stopped: {args.patience} validations in vain; --resume --patience 0 goes on")
             break
@@ -234,7 +245,7 @@ def main(argv=None):
         train_loss = train_one_epoch(parallel_model, batches, criterion, optimizer, scheduler, bf16)
         images_per_second = len(data.train) / (time.perf_counter() - start)
         if epoch % args.validate_every > 0 and epoch < args.epochs:
-            continue  # no validation, no row
+            continue  # no validation, no row, nothing saved
         batches = prepare_batches(val_loader, device, args.image_size)
         val_loss, labels, predictions, _ = on_process_0(evaluate, model, batches)
         right = (predictions == labels)[labels != UNDECODABLE]
@@ -248,12 +259,13 @@ def main(argv=None):
             "seconds": time.perf_counter() - start,
         }
         history.append(row)
-        is_best = validations_since_best(history) == 0  # the highest accuracy so far
+        is_best = validations_since_best(history) == 0  # by accuracy; if equal, by loss
         about = {"classes": data.classes, "image_size": args.image_size, "run_id": run_id}
         checkpoint = {"model": model.state_dict(), **about, **row}
         to_resume = {
             "optimizer": optimizer.state_dict(),
             "history": history,
+            # as typed: a resumed run chooses the rest anew, but keeps its data and weights
             "flags": {**vars(flags), "data": data.name, "weights": args.weights},
             "fingerprint": data.fingerprint,  # shows whether the pictures are still the same
         }
@@ -266,7 +278,8 @@ def main(argv=None):
             write_log(output / "log.csv", history)
             print(describe_epoch(row, args.epochs, is_best), flush=True)
 
-    # 6. evaluation, by the best model: the test pictures are used here, and only here
+    # 6. evaluation, by the best model: the test pictures are used here, and only here. (Another run
+    # may have written into the same folder: load_best makes sure that the model is of this one)
     best_checkpoint = on_process_0(load_best, output, history, run_id)
     model.load_state_dict(best_checkpoint["model"])
     batches = prepare_batches(test_loader, device, args.image_size)
