@@ -201,29 +201,23 @@ def main(argv=None):
     augment = make_augmentation(args.image_size, args.mirror)
     # 2. model
     torch.manual_seed(args.seed)
-    # a resumed run gets its own weights below, and processes above 0 get those of process 0
-    weights = "none" if saved or rank > 0 else args.weights
+    weights = "none" if saved or rank > 0 else args.weights  # these get theirs below
     model = build_model(len(data.classes), weights, args.freeze).to(device)
-    # several processes: this wrapper hands out the weights of process 0, and backward averages the
-    # gradients of all. Train through it; evaluate and save `model`, which has the same weights
+    # the wrapper hands out the weights of process 0, and averages the gradients of all in backward.
+    # Train through it; evaluate and save `model`, which has the same weights
     parallel_model = DistributedDataParallel(model) if processes > 1 else model
-    if (
-        args.compile
-    ):  # faster; dynamic=False compiles for each size of batch by itself, in any order
+    if args.compile:  # faster; not dynamic: each size of batch is compiled by itself
         parallel_model = torch.compile(parallel_model, dynamic=False)
-    # 3. loss: cross entropy; smoothed labels (of ten classes 0.91 for the true one, 0.01 for each
-    # other) keep the network from being too sure
+    # 3. loss: cross entropy; 0.1 of a label is spread over all classes, against being too sure
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    # 4. optimizer: AdamW is Adam that in each step also shrinks each weight by 0.2 × the learning
-    # rate (weight decay). The schedule sets the rate for each step: it rises to --lr for three
-    # tenths of the run, then falls to nearly 0
+    # 4. optimizer: AdamW is Adam that also shrinks each weight by 0.2 × the learning rate a step. The
+    # rate is scheduled: it rises to --lr for three tenths of the run, then falls to nearly 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.2, fused=True)
     steps = args.epochs * len(train_loader) + 1  # one more than are taken: the last is nearly 0
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
 
-    # --resume: weights, optimizer and history as they were after the last saved epoch, and today's
-    # schedule (which --epochs may have prolonged) at that place; in a new run nothing changes.
-    # history: a list, a row for each validated epoch; run_id: tells this run's files from another's
+    # --resume: weights, optimizer and history as after the last saved epoch, and today's schedule
+    # (--epochs may have changed it) at that place. A new run has an empty history, and a new id
     history, run_id = resume(saved, model, optimizer, scheduler, len(train_loader))
     output = Path(args.output)
     if rank == 0:
@@ -278,8 +272,7 @@ def main(argv=None):
             write_log(output / "log.csv", history)
             print(describe_epoch(row, args.epochs, is_best), flush=True)
 
-    # 6. evaluation, by the best model: the test pictures are used here, and only here. (Another run
-    # may have written into the same folder: load_best makes sure that the model is of this one)
+    # 6. evaluation, by the best model of this run: the test pictures are used here, and only here
     best_checkpoint = on_process_0(load_best, output, history, run_id)
     model.load_state_dict(best_checkpoint["model"])
     batches = prepare_batches(test_loader, device, args.image_size)
