@@ -210,8 +210,8 @@ def main(argv=None):
         parallel_model = torch.compile(parallel_model, dynamic=False)
     # 3. loss: cross entropy; 0.1 of a label is spread over all classes, against being too sure
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    # 4. optimizer: AdamW is Adam that also shrinks each weight by 0.2 × the learning rate a step. The
-    # rate is scheduled: it rises to --lr for three tenths of the run, then falls to nearly 0
+    # 4. optimizer: AdamW is Adam that in each step also shrinks each weight by 0.2 × the learning
+    # rate. The rate is scheduled: it rises to --lr for three tenths of the run, then falls to 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.2, fused=True)
     steps = args.epochs * len(train_loader) + 1  # one more than are taken: the last is nearly 0
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
