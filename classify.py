@@ -454,10 +454,10 @@ def read_folder(root, size, output):
     pictures = {}  # the paths in each (part, class)
     inner = {}  # the names of the folders in each (part, class)
     for path in files:
-        part, *folders, _ = path.split("/") if named else ["train", *path.split("/")]
-        if folders:
-            place = PARTS.get(part.lower()), folders[0]
-            inner.setdefault(place, set()).update(folders[1:2])
+        folders = (path if named else f"train/{path}").split("/")[:-1]
+        if len(folders) > 1:
+            place = PARTS.get(folders[0].lower()), folders[1]
+            inner.setdefault(place, set()).update(folders[2:3])
             pictures.setdefault(place, [])
             if path.lower().endswith(ENDINGS):
                 pictures[place].append(path)
@@ -555,7 +555,7 @@ def open_picture(path, size):
         picture.draft("RGB", (size, size))  # faster: a large JPEG is decoded at a half or less
         picture.load()
     except Exception as error:  # of a damaged file Pillow raises nearly anything
-        raise ValueError(repr(error)) from error
+        raise ValueError(f"{type(error).__name__}: {error}".split(" <_io")[0]) from error
     with contextlib.suppress(Exception):  # what it says of its orientation may be damaged, too
         ImageOps.exif_transpose(picture, in_place=True)
     mode = picture.mode

@@ -13,7 +13,6 @@ import hashlib
 import http.server
 import inspect
 import io
-import json
 import multiprocessing
 import os
 import pickle
@@ -23,7 +22,6 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -39,7 +37,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.modules import module
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision import datasets, models
 from torchvision.transforms import v2
 
@@ -50,6 +48,7 @@ with contextlib.suppress(ImportError):  # not on Windows
 
 README = Path(__file__).with_name("README.md").read_text("utf-8")
 SMALL = "--image-size 32 --batch-size 8 --epochs 1 --weights none --device cpu --workers 0".split()
+CPU = torch.device("cpu")
 EVIL = b"cos\nmkdir\n(S'executed'\ntR."  # a pickle that makes a folder when it is read
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs signals, limits and /dev/shm")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -61,42 +60,36 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.fixture(scope="session", autouse=True)
 def offline():
     """Nothing comes from a network or from this machine's cache of weights."""
+    torch.set_num_threads(1)
     with contextlib.suppress(OSError):  # memory is faster than a disk, if there is enough
         if shutil.disk_usage("/dev/shm").free > 4 << 30:
             tempfile.tempdir = "/dev/shm"
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as cache:
-        patch.setenv("TORCH_HOME", cache)
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # so `start` finds this file
-        patch.setenv("no_proxy", "127.0.0.1")
-        patch.setenv("http_proxy", "http://127.0.0.1:9")
-        patch.setenv("https_proxy", "http://127.0.0.1:9")
+        variables = {"TORCH_HOME": cache, "no_proxy": "127.0.0.1", "http_proxy": "127.0.0.1:9"}
+        variables |= {"https_proxy": "127.0.0.1:9", "PYTHONPATH": str(Path(__file__).parent)}
+        for name, value in variables.items():
+            patch.setenv(name, value)
         yield
     tempfile.tempdir = None
 
 
 @pytest.fixture(autouse=True)
-def put_back():
-    """Global state of torch and of sockets is as before after each test."""
+def folder(monkeypatch):
+    """Each test works in an empty folder; processes and settings that it leaves are undone."""
     state = torch.get_rng_state()
-    yield
+    with tempfile.TemporaryDirectory() as name:
+        monkeypatch.chdir(name)
+        yield Path(name)
+        monkeypatch.undo()
+        for process in multiprocessing.active_children():
+            process.kill()
     torch.set_rng_state(state)
     socket.setdefaulttimeout(None)
 
 
-@pytest.fixture
-def folder(monkeypatch):
-    """An empty folder to work in, gone afterwards, as are processes left over."""
-    with tempfile.TemporaryDirectory() as name:
-        monkeypatch.chdir(name)
-        yield Path(name)
-        for process in multiprocessing.active_children():
-            process.kill()
-
-
 def run(*argv, program=classify):
     """Run the program here as its users start it; return exit code, stdout and stderr."""
-    out = io.StringIO()
-    err = io.StringIO()
+    out, err = io.StringIO(), io.StringIO()
     program.warn.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["classify.py", *map(str, argv)])
@@ -104,28 +97,35 @@ def run(*argv, program=classify):
             try:
                 code = program.run() or 0
             except SystemExit as stop:
-                code = stop.code or 0
+                code = stop.code
                 if isinstance(code, str):  # the interpreter would say it
                     print(code, file=err)
                     code = 1
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
 
-def train(*argv, output="out"):
-    """Run a small training here; return also what its networks saw: (training, images)."""
-    seen = []
-    first = []
+def train(*argv, output="out", small=SMALL):
+    """Run a small training here; return also its folder, its first weights, and all that its
+    networks saw: (training, images, bias of the head)."""
+    seen, first = [], {}
 
     def note(layer, inputs):
         if isinstance(layer, models.ResNet):
             if not first:
-                first.append(copy.deepcopy(layer.state_dict()))
-            seen.append((layer.training, inputs[0].detach().clone()))
+                first.update(copy.deepcopy(layer.state_dict()))
+            seen.append(
+                (layer.training, inputs[0].detach().clone(), layer.fc.bias.detach().clone())
+            )
 
     handle = module.register_module_forward_pre_hook(note)
-    result = run(*SMALL, "--output", output, *argv)
+    result = run(*small, "--output", output, *argv)
     handle.remove()
-    return SimpleNamespace(**vars(result), output=Path(output), seen=seen, first=first[:1])
+    return SimpleNamespace(**vars(result), output=Path(output), seen=seen, first=first, argv=argv)
+
+
+def images_in(result, training):
+    """Return the batches of images that were trained on, or evaluated."""
+    return [images for was_training, images, _ in result.seen if was_training == training]
 
 
 def error(result, code=1):
@@ -162,9 +162,25 @@ def start(*argv, cwd=".", out="out.txt", err="err.txt", variables=(), prepare=bo
     variables = {**os.environ, **dict(variables)}
     args = [str(arg) for arg in argv], os.path.abspath(cwd), out, err, variables, prepare
     process = context.Process(target=child, args=args)
-    process.files = [Path(cwd, out), Path(cwd, err)]
+    process.files = Path(cwd, out), Path(cwd, err)
     process.start()
     return process
+
+
+def torchrun(count, *argv, cwd=None, run_id="test", restarts=0):
+    """Start the program as torchrun does, in these folders; return the processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    common |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "TORCHELASTIC_RUN_ID": run_id}
+    common["TORCHELASTIC_RESTART_COUNT"] = restarts
+    processes = []
+    for rank in range(count):
+        variables = {**common, "RANK": rank, "LOCAL_RANK": rank}
+        variables = {name: str(value) for name, value in variables.items()}
+        files = {"cwd": cwd[rank] if cwd else ".", "out": f"out{rank}", "err": f"err{rank}"}
+        processes.append(start(*argv, **files, variables=variables))
+    return processes
 
 
 def until(happened, process):
@@ -183,22 +199,6 @@ def end(process):
     return SimpleNamespace(code=process.exitcode, out=out, err=err)
 
 
-def torchrun(count, *argv, folders=None, run_id="test", restarts=0):
-    """Start the program as torchrun does, in these folders; return the processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": run_id}
-    common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    common |= {"TORCHELASTIC_RESTART_COUNT": str(restarts)}
-    processes = []
-    for rank, cwd in enumerate(folders or ["."] * count):
-        variables = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        files = {"out": f"out{rank}.txt", "err": f"err{rank}.txt"}
-        processes.append(start(*argv, cwd=cwd, **files, variables=variables))
-    return processes
-
-
 def noise(*seed, side=32):
     """Return a picture of noise as an array, side×side×3."""
     return np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -215,13 +215,6 @@ def paint(counts, root="pictures"):
         path.mkdir(exist_ok=True)
         for number in range(count):
             Image.fromarray(noise(*path.name.encode(), number)).save(path / f"{number}.png")
-
-
-def encoded(kind, **options):
-    """Return what a file of a picture of noise has in it."""
-    file = io.BytesIO()
-    Image.fromarray(noise(0)).save(file, kind, **options)
-    return file.getvalue()
 
 
 def rows(output="out"):
@@ -255,62 +248,31 @@ def assert_same_run(output, other):
 
 
 def read_data(*argv):
-    """Return what the program makes of the data that these flags name."""
+    """Return the data sets that these flags name, as the program makes them."""
     classify.warn.cache_clear()
     return classify.read_data(*classify.parse_args(["--output", "out", *map(str, argv)]))
 
 
-# ---- one run on a folder, followed by hand -------------------------------------------------------
-
-CLASSES = ["ant", "bee 猫", "cat"]
-FLAGS = "--image-size 64 --batch-size 16 --epochs 3 --lr 0.002 --seed 3 --patience 0".split()
-
-
 def normalized(arrays):
     """Return pictures, arrays H×W×3, as the network should get them: float N×3×H×W."""
-    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).double() / 255
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    return ((images - mean) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)).float()
+    pixels = np.stack(arrays) / 255
+    pixels = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    return torch.tensor(pixels, dtype=torch.float32).permute(0, 3, 1, 2)
 
 
-def split(classes):
-    """Return the names in train, val and test by the promised rule, from those of each class."""
+def split(classes, missing=("val", "test")):
+    """Return what is in train, val and test by the promised rule, of what each class has."""
     rng = np.random.default_rng(0)
     parts = {"train": [], "val": [], "test": []}
     for name in sorted(classes):
         own = sorted(classes[name])
         rng.shuffle(own)
         tenth = max(1, round(len(own) / 10))
-        parts["val"] += own[:tenth]
-        parts["test"] += own[tenth : 2 * tenth]
-        parts["train"] += own[2 * tenth :]
+        for part in missing:
+            parts[part] += own[:tenth]
+            own = own[tenth:]
+        parts["train"] += own
     return parts
-
-
-def plain_epochs(first, batches, epochs, lr):
-    """Train torchvision's ResNet18 with plain loops from given weights on given batches.
-
-    Yields after each epoch the mean loss and the model.
-    """
-    model = models.resnet18(num_classes=len(first["fc.bias"])).to(memory_format=torch.channels_last)
-    model.load_state_dict(first)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.2, fused=True)
-    steps = len(batches) + 1
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
-    bfloat16 = classify.has_native_bfloat16(torch.device("cpu"))
-    for epoch in np.array_split(np.arange(len(batches)), epochs):
-        losses = []
-        for images, labels in [batches[number] for number in epoch]:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                loss = nn.functional.cross_entropy(
-                    model.train()(images), labels, label_smoothing=0.1
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            losses += [loss.item()] * len(labels)
-        yield np.mean(losses), model, scheduler.get_last_lr()[0]
 
 
 def plain_logits(state, arrays):
@@ -321,121 +283,124 @@ def plain_logits(state, arrays):
         return model.eval()(normalized(arrays))
 
 
+def assert_row(row, state, arrays, labels):
+    """Check a row's validation figures against those weights and these pictures, by NumPy."""
+    logits = plain_logits(state, arrays).double().numpy()
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert row["val_accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
+    loss = -np.log(shares[np.arange(len(labels)), labels]).mean()
+    assert row["val_loss"] == pytest.approx(loss, rel=1e-3)
+
+
+# ---- a run on a folder, followed by hand ---------------------------------------------------------
+
+CLASSES = ["ant", "bee 猫", "cat"]
+FLAGS = "--image-size 64 --batch-size 16 --epochs 3 --lr 0.002 --seed 3 --patience 0".split()
+
+
 @pytest.fixture(scope="module")
 def followed():
     """A run of three epochs on DIR/CLASS/**, and what it ought to have done.
 
-    pictures: arrays by "CLASS/NAME"; the red value of each is its own. One is a JPEG in capitals,
-    one lies on its side, one is deep in folders. parts: the names in train, val and test.
+    pictures: arrays by "CLASS/FILE"; in each the middle is of a red of its own. One in ten is a
+    JPEG in capitals, one lies on its side, one is deep in folders. parts: files of train, val, test
     """
     with tempfile.TemporaryDirectory() as name:
         root = Path(name, "pictures")
         pictures = {}
         for label, class_name in enumerate(CLASSES):
             for number in range(20):
-                file = f"{class_name}/{number:02}.png"
                 pixels = noise(label, number, side=64)
                 pixels[..., 0] = 4 * (20 * label + number)
-                if (label, number) == (0, 7):
-                    file = f"{class_name}/deep/er/07.png"
+                file = f"{class_name}/{'deep/' * (label + number == 1)}{number:02}.png"
                 (root / file).parent.mkdir(parents=True, exist_ok=True)
                 exif = Image.Exif()
-                exif[274] = 6 if number == 8 else 1
-                stored = np.rot90(pixels) if number == 8 else pixels
-                Image.fromarray(stored).save(root / file, exif=exif)
-                if number == 9:
-                    (root / file).unlink()
-                    file = f"{class_name}/09.JPG"
-                    Image.fromarray(pixels).save(root / file, quality=100, subsampling=0)
-                    pixels = np.asarray(Image.open(root / file))
-                pictures[file] = pixels
-        (root / CLASSES[0] / ".hidden.png").write_bytes(b"")
+                exif[274] = 6 if number % 10 == 8 else 1  # turn it right to see it upright
+                stored = np.rot90(pixels) if number % 10 == 8 else pixels
+                if number % 10 == 9:
+                    file = file.replace(".png", ".JPG")
+                Image.fromarray(stored).save(root / file, exif=exif, quality=100, subsampling=0)
+                is_png = file.endswith(".png")
+                pictures[file] = pixels if is_png else np.asarray(Image.open(root / file))
+        (root / "ant" / ".hidden.png").write_bytes(b"")
         result = train("--data", root, *FLAGS, output=Path(name, "out"))
         by_class = {c: [file for file in pictures if file.startswith(c)] for c in CLASSES}
-        yield SimpleNamespace(
-            **vars(result), root=root, pictures=pictures, parts=split(by_class)
-        )
+        result.root, result.pictures, result.parts = root, pictures, split(by_class)
+        yield result
 
 
-def label_of(file):
-    """Return the label of a picture of `followed`."""
-    return CLASSES.index(file.split("/")[0])
+def files_of(images, pictures):
+    """Return which pictures of `followed` these images are, by their red."""
+    reds = (images[:, 0, 32, 32] * 0.229 + 0.485) * 255
+    by_red = {int(pixels[32, 32, 0]): file for file, pixels in pictures.items()}
+    return [by_red[min(by_red, key=lambda red: abs(red - value))] for value in reds.tolist()]
 
 
-def scores_by_hand(logits, labels):
-    """Return accuracy and mean cross entropy, by NumPy."""
-    logits = logits.double().numpy()
-    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    right = logits.argmax(1) == labels
-    return right.mean(), -np.log(shares[np.arange(len(labels)), labels]).mean()
+def labels_of(files):
+    """Return the labels of files CLASS/FILE."""
+    return np.array([CLASSES.index(file.split("/")[0]) for file in files])
 
 
-def test_the_parts_are_split_by_the_rule_and_only_training_is_changed_and_shuffled(followed):
-    parts = followed.parts
-    assert [len(parts[name]) for name in ("train", "val", "test")] == [48, 6, 6]
-    expected = [(True, 16)] * 3 + [(False, 6)]
-    told = [(training, len(images)) for training, images in followed.seen]
-    assert told == [*expected * 3, (False, 6)]
-    by_red = {pixels[32, 32, 0]: file for file, pixels in followed.pictures.items()}
-    orders = []
+def test_the_parts_are_split_by_the_rule_and_training_alone_is_changed_and_shuffled(followed):
+    pictures, parts = followed.pictures, followed.parts
+    told = [(training, len(images)) for training, images, _ in followed.seen]
+    assert told == [*([(True, 16)] * 3 + [(False, 6)]) * 3, (False, 6)]
+    evaluated = images_in(followed, training=False)
+    for part, images in zip(["val"] * 3 + ["test"], evaluated, strict=True):
+        files = files_of(images, pictures)
+        assert sorted(files) == sorted(parts[part])
+        expected = normalized([pictures[file] for file in files])
+        torch.testing.assert_close(images.contiguous(), expected, rtol=0, atol=1e-5)
+    trained = images_in(followed, training=True)
+    orders = [files_of(torch.cat(trained[first : first + 3]), pictures) for first in (0, 3, 6)]
+    assert all(sorted(order) == sorted(parts["train"]) != order for order in orders)
+    assert orders[0] != orders[1] != orders[2]
     changes = set()
-    for training, images in followed.seen:
-        reds = images[:, 0, 32, 32] * 0.229 * 255 + 0.485 * 255
-        files = [by_red[min(by_red, key=lambda red: abs(red - value))] for value in reds.tolist()]
-        if not training:
-            part = "test" if images is followed.seen[-1][1] else "val"
-            assert sorted(files) == sorted(parts[part])
-            expected = normalized([followed.pictures[file] for file in files])
-            torch.testing.assert_close(images.contiguous(), expected, rtol=0, atol=1e-5)
-            continue
-        orders.append(files)
-        for file, image in zip(files, images):
-            padded = np.pad(followed.pictures[file], ((2, 2), (2, 2), (0, 0)), "edge")
-            crops = [padded[y : y + 64, x : x + 64] for y in range(5) for x in range(5)]
-            variants = normalized(crops + [crop[:, ::-1].copy() for crop in crops])
-            [number] = torch.nonzero((variants - image).abs().amax((1, 2, 3)) < 1e-4)
-            changes.add(number.item())
-    epochs = [sum(orders[start : start + 3], []) for start in (0, 3, 6)]
-    assert all(sorted(epoch) == sorted(parts["train"]) != epoch for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
+    for file, image in zip(sum(orders, []), torch.cat(trained)):
+        padded = np.pad(pictures[file], ((2, 2), (2, 2), (0, 0)), "edge")
+        crops = [padded[y : y + 64, x : x + 64] for y, x in np.ndindex(5, 5)]
+        variants = normalized(crops + [crop[:, ::-1] for crop in crops])
+        [number] = torch.nonzero((variants - image).abs().amax((1, 2, 3)) < 1e-4)
+        changes.add(number.item())
     assert len(changes) > 5 and min(changes) < 25 <= max(changes)  # some are mirrored
-    followed.orders = orders
 
 
-def test_weights_and_losses_are_those_of_plain_torchvision_and_plain_loops(followed):
+def test_weights_and_figures_are_those_of_plain_torchvision_and_plain_loops(followed):
     torch.manual_seed(3)
     model = models.resnet18()
     model.fc = nn.Linear(512, 3)
-    assert_same(followed.first[0], model.state_dict())  # the first weights, by the seed
-    by_red = {pixels[32, 32, 0]: label_of(file) for file, pixels in followed.pictures.items()}
-    batches = []
-    for images in [images for training, images in followed.seen if training]:
-        reds = images[:, 0, 32, 32] * 0.229 * 255 + 0.485 * 255
-        labels = [by_red[min(by_red, key=lambda red: abs(red - value))] for value in reds.tolist()]
-        batches.append((images, torch.tensor(labels)))
-    val = [followed.pictures[file] for file in followed.parts["val"]]
-    labels = np.array([label_of(file) for file in followed.parts["val"]])
-    table = rows(followed.output)
-    states = []
-    plain = plain_epochs(model.state_dict(), batches, epochs=3, lr=0.002)
-    for row, (train_loss, model, rate) in zip(table, plain, strict=True):
-        states.append(copy.deepcopy(model.state_dict()))
-        accuracy, val_loss = scores_by_hand(plain_logits(states[-1], val), labels)
-        assert row["train_loss"] == pytest.approx(train_loss, rel=1e-4)
-        assert row["val_loss"] == pytest.approx(val_loss, rel=1e-3)
-        assert row["val_accuracy"] == pytest.approx(accuracy)
-        assert row["learning_rate"] == pytest.approx(rate)
-    moved = torch.cat([(states[-1][key] - followed.first[0][key]).flatten() for key in states[0]])
+    assert_same(followed.first, model.state_dict())  # the first weights, by the seed
+    model = model.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.002, weight_decay=0.2, fused=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.002, total_steps=10)
+    bfloat16 = classify.has_native_bfloat16(CPU)
+    val = followed.parts["val"]
+    losses, states = [], []
+    for images in images_in(followed, training=True):
+        labels = torch.tensor(labels_of(files_of(images, followed.pictures)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = nn.functional.cross_entropy(model(images), labels, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+        if len(losses) % 3 == 0:
+            states.append(copy.deepcopy(model.state_dict()))
+            row = rows(followed.output)[len(states) - 1]
+            assert row["train_loss"] == pytest.approx(np.mean(losses[-3:]), rel=1e-4)
+            assert row["learning_rate"] == pytest.approx(scheduler.get_last_lr()[0])
+            arrays = [followed.pictures[file] for file in val]
+            assert_row(row, states[-1], arrays, labels_of(val))
+    best = max(rows(followed.output), key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    checkpoint, kept = load(followed.output / "best_model.pth")
+    told = [checkpoint[key] for key in ("epoch", "val_accuracy", "image_size", "classes")]
+    assert told == [best["epoch"], best["val_accuracy"], 64, CLASSES]
     last = load(followed.output / "last.pth")[1]
-    apart = torch.cat([(states[-1][key] - last[key]).flatten() for key in states[0]])
-    assert apart.norm() < 1e-3 * moved.norm()
-    best = max(table, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
-    checkpoint, state = load(followed.output / "best_model.pth")
-    assert checkpoint["epoch"] == best["epoch"] and checkpoint["classes"] == CLASSES
-    assert (checkpoint["val_accuracy"], checkpoint["image_size"]) == (best["val_accuracy"], 64)
-    kept = states[int(best["epoch"]) - 1]
-    torch.testing.assert_close(state, kept, rtol=1e-2, atol=1e-4)
-    assert best["epoch"] < 3, "of equal use only if the best is not the last"
+    for saved, plain in ((last, states[-1]), (kept, states[int(best["epoch"]) - 1])):
+        moved = torch.cat([(plain[key] - followed.first[key]).flatten() for key in plain])
+        apart = torch.cat([(plain[key] - saved[key]).flatten() for key in plain])
+        assert apart.norm() < 1e-3 * moved.norm()
 
 
 def test_each_epoch_is_a_line_that_tells_its_row_and_log_csv_has_the_promised_columns(followed):
@@ -452,25 +417,15 @@ def test_each_epoch_is_a_line_that_tells_its_row_and_log_csv_has_the_promised_co
         best = max(best, score)
 
 
-def test_the_report_and_the_mistakes_are_those_of_the_best_weights_on_the_test_pictures(followed):
-    state = load(followed.output / "best_model.pth")[1]
+def test_report_and_mistakes_are_those_of_the_best_weights_on_the_test_pictures(followed):
     files = followed.parts["test"]
-    labels = np.array([label_of(file) for file in files])
+    labels = labels_of(files)
+    state = load(followed.output / "best_model.pth")[1]
     shares = plain_logits(state, [followed.pictures[file] for file in files]).softmax(1).numpy()
     guesses = shares.argmax(1)
     right = guesses == labels
     assert f"test accuracy {right.mean():.2%} ({right.sum()} of 6)" in followed.out.splitlines()
-    for label, name in enumerate(CLASSES):
-        hits = (right & (labels == label)).sum()
-        precision = hits / max(1, (guesses == label).sum())
-        recall = hits / (labels == label).sum()
-        f1 = 2 * precision * recall / max(1e-9, precision + recall)
-        row = rf"^{name} +{precision:.4f} +{recall:.4f} +{f1:.4f} +{(labels == label).sum()}$"
-        assert re.search(row, followed.out, re.M), row
     wrong = sorted(np.flatnonzero(~right), key=lambda place: -shares[place].max())
-    pairs = Counter((CLASSES[labels[place]], CLASSES[guesses[place]]) for place in wrong)
-    told = re.findall(r"^(.+) -> (.+) (\d+)$", followed.out, re.M)
-    assert Counter({(one, other): int(count) for one, other, count in told}) == pairs
     assert len(wrong) > 1
     sheet = np.asarray(Image.open(followed.output / "mistakes.png"))
     for number, place in enumerate(wrong):
@@ -481,23 +436,46 @@ def test_the_report_and_the_mistakes_are_those_of_the_best_weights_on_the_test_p
         assert np.array_equal(sheet[:240, 200 * number : 200 * (number + 1)], np.asarray(tile))
 
 
-def test_predict_says_for_each_picture_what_plain_torchvision_says(followed, folder):
+def test_the_report_has_each_classs_scores_their_means_and_the_five_pairs_confused_most():
+    rng = np.random.default_rng(0)
+    labels, predictions = rng.integers(0, 5, 500), rng.integers(0, 4, 500)  # no "e" is predicted
+    confusion = np.zeros((5, 5))
+    np.add.at(confusion, (labels, predictions), 1)
+    right = confusion.diagonal()
+    labels = torch.tensor([*labels, -100])  # a picture that could not be decoded
+    text = "\n".join(classify.report(labels, torch.tensor([*predictions, 0]), list("abcde")))
+    assert text.startswith(f"test accuracy {right.sum() / 500:.2%} ({right.sum():.0f} of 500)\n")
+    true, predicted = confusion.sum(1), confusion.sum(0)
+    scores = np.stack([right / predicted.clip(1), right / true, 2 * right / (true + predicted)], 1)
+    expected = [*np.column_stack([scores, true]), [*scores.mean(0), 500]]
+    table = re.findall(r"^(\w+) +(\d\.\d{4}) +(\d\.\d{4}) +(\d\.\d{4}) +(\d+)$", text, re.M)
+    assert [name for name, *_ in table] == [*"abcde", "mean"]
+    np.testing.assert_allclose(np.float64([row[1:] for row in table]), expected, atol=1e-4)
+    pairs = re.findall(r"^(.) -> (.) (\d+)$", text, re.M)
+    wrong = confusion - np.diag(right)
+    assert [int(count) for *_, count in pairs] == sorted(wrong.ravel(), reverse=True)[:5]
+    for one, other, count in pairs:
+        assert confusion["abcde".index(one), "abcde".index(other)] == int(count)
+
+
+def test_predict_says_for_each_picture_what_plain_torchvision_says(followed):
     files = [*followed.parts["test"][:2], followed.parts["train"][0]]
-    paths = [followed.root / file for file in files]
+    paths = [str(followed.root / file) for file in files]
     result = run("--predict", *paths, "--output", followed.output)
     assert result.code == 0 and result.err == ""
     state = load(followed.output / "best_model.pth")[1]
     shares = plain_logits(state, [followed.pictures[file] for file in files]).softmax(1)
-    for line, file, row in zip(result.out.splitlines(), files, shares, strict=True):
-        path, *told = line.split("  ")
+    for line, path, row in zip(result.out.splitlines(), paths, shares, strict=True):
+        told = re.findall(r"  (.+?) (\d+\.\d)%(?=  |$)", line)
         order = row.argsort(descending=True).tolist()
-        assert path == str(followed.root / file)
-        assert [text.rsplit(" ", 1)[0] for text in told] == [CLASSES[label] for label in order]
-        shown = [float(text.rsplit(" ", 1)[1].rstrip("%")) for text in told]
-        assert shown == pytest.approx((row[order] * 100).tolist(), abs=0.1)
+        assert line.startswith(path + "  ")
+        assert [name for name, _ in told] == [CLASSES[label] for label in order]
+        assert [float(share) for _, share in told] == pytest.approx(
+            (row[order] * 100).tolist(), abs=0.1
+        )
 
 
-def test_the_start_names_the_data_and_every_flag_as_it_was_chosen(followed):
+def test_the_start_tells_the_data_and_every_flag_as_chosen_and_the_end_what_to_do(followed):
     head = followed.out[: followed.out.index("epoch 1/3")]
     told = ["reading", str(followed.root), "48 train, 6 val, 6 test", "3 classes: ant, bee 猫, cat"]
     told += [*" ".join(FLAGS).replace(" --", "|--").split("|"), "--mirror", "--weights none"]
@@ -506,3 +484,886 @@ def test_the_start_names_the_data_and_every_flag_as_it_was_chosen(followed):
     assert [text for text in told if text not in head] == []
     tail = followed.out.splitlines()[-1]
     assert str(followed.output) in tail and "--predict" in tail and "--resume --epochs" in tail
+
+
+# ---- data sets by name ---------------------------------------------------------------------------
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Answers with an archive, well or badly."""
+
+    def do_GET(self):
+        archive = self.server.archives[os.path.basename(self.path)]
+        answers = {"half": archive[: len(archive) // 2], "rubbish": bytes(len(archive))}
+        if self.server.answer == "silence":
+            self.server.over.wait(30)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(archive)))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # it may have gone
+            self.wfile.write(answers.get(self.server.answer, archive))
+
+
+def cifar_picture(name, place):
+    """Return the picture that is packed at this place, train first: every pixel tells which."""
+    y, x = np.mgrid[:32, :32]
+    blue = 3 * y + (128 if name == "cifar100" else 0)
+    return np.stack([np.full((32, 32), 3 * place), 7 * x + 1, blue], axis=2).astype(np.uint8)
+
+
+def pack_cifar(name, labels_key):
+    """Return an archive of the official layout, and what torchvision is to expect of it."""
+    official = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    members = {"meta": {official.meta["key"]: [f"{name} {label}" for label in "abc"]}}
+    for member, places in {"train": range(60), "test": range(60, 69)}.items():
+        data = [cifar_picture(name, place).transpose(2, 0, 1).ravel() for place in places]
+        members[member] = {"data": np.stack(data), labels_key: [place % 3 for place in places]}
+    packed = io.BytesIO()
+    sums = {}
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for member, content in members.items():
+            raw = pickle.dumps(content)
+            info = tarfile.TarInfo(f"{official.base_folder}/{member}")
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+            sums[member] = hashlib.md5(raw).hexdigest()
+    expected = {"train_list": [["train", sums["train"]]], "test_list": [["test", sums["test"]]]}
+    expected["meta"] = {"filename": "meta", "key": official.meta["key"], "md5": sums["meta"]}
+    expected["tgz_md5"] = hashlib.md5(packed.getvalue()).hexdigest()
+    return official, packed.getvalue(), expected
+
+
+@pytest.fixture
+def cifar(folder, monkeypatch):
+    """A function that sets how the server of both CIFAR sets answers: 60 pictures and 9 to test."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        server.archives = {}
+        server.over = threading.Event()
+        for name, labels_key in (("cifar10", "labels"), ("cifar100", "fine_labels")):
+            official, archive, expected = pack_cifar(name, labels_key)
+            server.archives[official.filename] = archive
+            for attribute, value in expected.items():
+                monkeypatch.setattr(official, attribute, value)
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+
+        def answers(how):
+            server.answer = how
+            port = 9 if how == "nothing" else server.server_port
+            for official in (datasets.CIFAR10, datasets.CIFAR100):
+                monkeypatch.setattr(official, "url", f"http://127.0.0.1:{port}/{official.filename}")
+
+        answers("well")
+        yield answers
+        server.over.set()
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name, size", [("cifar10", 32), ("cifar100", 20)])
+def test_a_set_by_name_is_downloaded_once_and_its_pictures_get_to_the_network(cifar, name, size):
+    small = [flag for flag in SMALL if flag not in ("--image-size", "32")]
+    said = ["--image-size", size] if size != 32 else []
+    result = train("--data", name, "--no-mirror", "--batch-size", 32, *said, small=small)
+    assert result.code == 0 and "54 train, 6 val, 9 test" in result.out
+    parts = split({label: range(label, 60, 3) for label in range(3)}, missing=["val"])
+    evaluated = images_in(result, training=False)
+    for images, places in zip(evaluated, (sorted(parts["val"]), range(60, 69)), strict=True):
+        pixels = np.stack([cifar_picture(name, place) for place in places])
+        plain = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        pixels = v2.functional.resize(plain, [size, size]).permute(0, 2, 3, 1).numpy()
+        torch.testing.assert_close(images.contiguous(), normalized(pixels), rtol=0, atol=1e-5)
+    trained = torch.cat(images_in(result, training=True))
+    places = ((trained[:, 0, 9, 9] * 0.229 + 0.485) * 255 / 3).round().int().tolist()
+    assert sorted(places) == sorted(parts["train"]) != places
+    if size == 32:
+        val = sorted(parts["val"])
+        arrays = [cifar_picture(name, place) for place in val]
+        assert_row(rows()[0], load("out/last.pth")[1], arrays, np.array(val) % 3)
+        padded = [np.pad(cifar_picture(name, p), ((1, 1), (1, 1), (0, 0)), "edge") for p in places]
+        shifts = [
+            normalized([picture[y : y + 32, x : x + 32] for picture in padded[:16]])
+            for y, x in np.ndindex(3, 3)
+        ]  # sixteen pictures are shifted alike
+        assert min((shift - trained[:16]).abs().max() for shift in shifts) < 1e-5
+    assert load("out/best_model.pth")[0]["classes"] == [f"{name} {label}" for label in "abc"]
+    cifar("nothing")
+    assert read_data("--data", name).classes == [f"{name} {label}" for label in "abc"]
+
+
+@pytest.mark.parametrize("how", ["nothing", "silence", "half", "rubbish"])
+def test_a_failed_download_is_an_error_and_the_next_run_starts_it_again(cifar, how, monkeypatch):
+    waits = []
+    timeout = socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda s: [waits.append(s), timeout(0.3)])
+    cifar(how)
+    for name in ("CIFAR100", "CIFAR10", "CIFAR10"):  # again: nothing left is taken for whole
+        assert name in error(train("--data", name.lower()))
+    assert 0 < max(waits) <= 30
+    cifar("well")
+    read_data("--data", "cifar10")
+    Path("data", "cifar-10-batches-py", "train").write_bytes(b"half-unpacked")
+    cifar("nothing")
+    assert len(read_data("--data", "cifar10").train) == 54
+
+
+def test_auto_is_cifar10_or_digits_with_a_warning_that_cannot_be_overlooked(cifar):
+    assert read_data().name == "cifar10"
+    shutil.rmtree("data")
+    cifar("half")
+    result = train("--image-size", 1, "--batch-size", 1500, "--weights", "auto")
+    assert result.code == 0 and "digits: 4500 train, 500 val, 1000 test" in result.out
+    assert "warning" in result.err and "DIGITS" in result.err and "RANDOM WEIGHTS" in result.err
+    assert "--no-mirror" in result.out and "--weights none" in result.out
+    cifar("well")
+    assert "data     digits" in run("--resume", "--output", "out").out  # it goes on with them
+    data, other = read_data("--data", "digits"), read_data("--data", "digits", "--seed", 5)
+    for part, same in zip(data[1:4], other[1:4]):
+        assert all(map(torch.equal, part.tensors, same.tensors))
+        assert set(Counter(part.tensors[1].tolist()).values()) == {len(part) // 10}
+    assert data.train.tensors[0].shape[1:] == (3, 32, 32)
+    assert len({pixels.numpy().tobytes() for pixels in data.train.tensors[0]}) > 4400
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished():
+    """A run of three epochs on DIR/train|val|test/CLASS: 24, 9 and 12 pictures of noise."""
+    with tempfile.TemporaryDirectory() as name:
+        counts = {"train/a": 12, "train/b": 12, "val/a": 4, "val/b": 5, "test/a": 6, "test/b": 6}
+        paint(counts, Path(name, "pictures"))
+        argv = "--data", Path(name, "pictures"), "--epochs", 3, "--patience", 0
+        yield train(*argv, output=Path(name, "out"))
+
+
+@pytest.fixture
+def cached(folder, monkeypatch):
+    """Where torchvision keeps the ImageNet weights; random ones lie there."""
+    monkeypatch.setenv("TORCH_HOME", str(folder / "cache"))
+    path = folder / "cache" / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    path.parent.mkdir(parents=True)
+    model = models.resnet18()
+    model(torch.randn(4, 3, 32, 32))  # moves the running statistics
+    torch.save(model.state_dict(), path)
+    return path
+
+
+UNUSABLE = """--epochs 0|--epochs x|--batch-size 1|--lr 0|--lr nan|--lr inf|--lr -1|--image-size 0
+--patience -1|--workers -1|--seed -1|--validate-every 0|--weights some|--device tpu|--mist|--predict"""
+UNUSABLE = UNUSABLE.replace("\n", "|").split("|")
+UNUSABLE += [] if torch.cuda.is_available() else ["--device cuda"]
+
+
+@pytest.mark.parametrize("flags", UNUSABLE)
+def test_unusable_flags_are_an_error_that_names_them_and_exit_with_2(folder, flags):
+    assert flags.split()[0] in error(train("--data", "digits", *flags.split()), code=2)
+    assert not list(folder.iterdir())
+
+
+def chosen(count, *argv, weights="none", processes=1, device="cpu", files=False):
+    """Return the flags as they are for so many pictures, with what was left unsaid chosen."""
+    flags, _ = classify.parse_args(["--weights", weights, *map(str, argv)])
+    pictures = TensorDataset(torch.zeros(count, 1), torch.zeros(count))
+    if files:
+        pictures = classify.PictureFiles(["a.png"] * count, [0] * count, 32)
+    data = classify.Data("photos", pictures, pictures, pictures, ["a", "b"])
+    return classify.choose_defaults(flags, data, torch.device(device), processes)
+
+
+def test_what_is_left_unsaid_is_chosen_as_the_readme_says(cached):
+    sizes = [chosen(count).batch_size for count in (20, 160, 700, 4000, 4001, 50000)]
+    assert sizes == [8, 8, 14, 80, 128, 128]
+    assert [chosen(count, processes=3).batch_size for count in (20, 50000)] == [6, 126]
+    assert [chosen(100).lr, chosen(100, weights="imagenet").lr] == [0.003, 0.001]
+    assert chosen(100, "--freeze", weights="imagenet").lr == 0.01
+    for epochs, every, patience in ((10, 1, 9), (20, 1, 18), (60, 1, 53), (9, 2, 4)):
+        args = chosen(100, "--epochs", epochs, "--validate-every", every)
+        assert args.patience == patience
+    sizes = [classify.parse_args(["--data", x])[0].image_size for x in ("digits", "auto", "photos")]
+    assert sizes == [32, 32, 224]
+
+
+def test_processes_share_a_batch_evenly_or_it_is_an_error():
+    for count, size in ((5, 9), (50, 10), (50, 3)):
+        with pytest.raises(SystemExit, match="error: 3 processes"):
+            chosen(count, "--batch-size", size, processes=3)
+
+
+def test_workers_are_no_more_than_processors_and_shared_memory_have_room_for(monkeypatch):
+    assert chosen(10**4).workers == 0 == chosen(10, files=True).workers
+    for number in (1, 2, 7):
+        processors = set(range(number))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, p=processors: p, raising=False)
+        assert chosen(10**4, files=True).workers == (number - 1) // 2
+        assert chosen(10**4, files=True, device="cuda").workers == number
+    if sys.platform == "linux":  # a size of which two workers' batches have room, not three's
+        size = int((shutil.disk_usage("/dev/shm").free / 3 / 128 / 3 / 2.5) ** 0.5)
+        assert chosen(10**4, "--image-size", size, files=True, device="cuda").workers == 2
+        with pytest.raises(SystemExit, match="error: --workers 9: /dev/shm has room for 2;"):
+            chosen(10**4, "--image-size", size, "--workers", 9)
+
+
+def test_batch_size_epochs_and_lr_are_obeyed(finished):
+    result = train(*finished.argv, "--batch-size", 10, "--epochs", 2, "--lr", 0.01)
+    assert [len(images) for images in images_in(result, training=True)] == [10, 10, 4] * 2
+    plain = torch.optim.AdamW(nn.Linear(1, 1).parameters())
+    plain = torch.optim.lr_scheduler.OneCycleLR(plain, 0.01, total_steps=7)
+    rates = []
+    for _ in range(6):
+        plain.optimizer.step()
+        plain.step()
+        rates += plain.get_last_lr()
+    assert [row["learning_rate"] for row in rows()] == pytest.approx([rates[2], rates[5]])
+
+
+def test_imagenet_weights_are_taken_from_the_cache_and_freeze_keeps_all_but_the_head(
+    finished, cached
+):
+    full = train(*finished.argv, "--weights", "auto", "--epochs", 1, output="full")
+    assert "--weights imagenet --" in full.out and full.err == ""
+    original = torch.load(cached)
+    assert_same(full.first, original, but=["fc.weight", "fc.bias"])
+    assert not torch.equal(load("full/last.pth")[1]["conv1.weight"], original["conv1.weight"])
+    flags = "--weights", "imagenet", "--freeze", "--epochs", 1
+    frozen = train(*finished.argv, *flags)
+    for name in ("last.pth", "best_model.pth"):
+        assert_same(load(Path("out", name))[1], original, but=["fc.weight", "fc.bias"])
+    assert not torch.equal(load("out/last.pth")[1]["fc.weight"], frozen.first["fc.weight"])
+
+
+def test_weights_that_cannot_be_had_are_an_error_and_random_ones_cannot_be_frozen(finished):
+    assert "weights" in error(train(*finished.argv, "--weights", "imagenet"))
+    for weights in ("auto", "none"):
+        assert "--freeze" in error(train(*finished.argv, "--weights", weights, "--freeze"))
+
+
+def test_mirror_said_or_chosen_decides_whether_pictures_are_mirrored():
+    paint({"a": 40, "b": 40})
+    for path in Path("pictures").rglob("*.png"):  # pictures that get lighter to the right
+        Image.fromarray(np.full((32, 32), 8 * np.arange(32), np.uint8)).save(path)
+    for flags, kinds in (([], 2), (["--mirror"], 2), (["--no-mirror"], 1)):
+        result = train("--data", "pictures", *flags)
+        trained = torch.cat(images_in(result, training=True))
+        assert len((trained[:, 0, 16, 4] < trained[:, 0, 16, 28]).unique()) == kinds
+        assert ("--no-mirror" in result.out) == (kinds == 1)
+
+
+def test_validate_every_leaves_no_row_and_always_validates_the_last_epoch(finished):
+    result = train(*finished.argv, "--validate-every", 2)
+    assert re.findall(r"^epoch (\d)/3", result.out, re.M) == ["2", "3"]
+    keys = ("epoch", "train_loss", "val_loss", "learning_rate")
+    figures = [
+        [[row[key] for key in keys] for row in rows(out)] for out in ("out", finished.output)
+    ]
+    assert figures[0] == figures[1][1:]
+
+
+@pytest.fixture(scope="module")
+def early(finished):
+    """A run whose validation accuracy is always a half: both classes have the same picture.
+
+    The rate is so high that the loss gets worse; the run ends after three epochs of thirty.
+    """
+    pictures = finished.output.with_name("halves")
+    paint({"train/a": 8, "train/b": 8, "val/a": 0, "val/b": 0}, pictures)
+    for name in "ab":
+        Image.fromarray(noise(5)).save(pictures / "val" / name / "same.png")
+    argv = "--data", pictures, "--epochs", 30, "--patience", 2, "--validate-every", 2, "--lr", 0.02
+    return train(*argv, output=finished.output.with_name("early"))
+
+
+def test_patience_ends_a_run_that_more_epochs_alone_do_not_prolong(early):
+    losses = [row["val_loss"] for row in rows(early.output)]
+    assert early.code == 0 and {row["val_accuracy"] for row in rows(early.output)} == {0.5}
+    best = losses.index(min(losses))
+    assert len(losses) == best + 3 and "--patience 0" in early.err
+    shutil.copytree(early.output, "out")
+    again = run("--resume", "--epochs", 31, "--output", "out")
+    assert again.code == 0 and len(rows()) == len(losses) and "--patience 0" in again.err
+    flags = "--resume", "--patience", 0, "--epochs", 2 * len(losses) + 2
+    assert run(*flags, "--output", "out").code == 0 and len(rows()) == len(losses) + 1
+
+
+def test_the_test_is_by_the_best_weights_not_the_last(early):
+    best, last = (
+        load(early.output / name)[1]["fc.bias"] for name in ("best_model.pth", "last.pth")
+    )
+    assert torch.equal(early.seen[-1][2], best) and not torch.equal(best, last)
+
+
+@pytest.mark.parametrize(
+    "scores, best",
+    [
+        ([(0.5, 1), (0.9, 3), (0.7, 1)], 1),
+        ([(0.9, 3), (0.9, 2), (0.9, 2.5)], 1),
+        ([(0.5, 1), (0.5, 1)], 0),
+        ([(0.1, 1), (0.2, 9)], 1),
+    ],
+)
+def test_the_best_has_the_highest_accuracy_of_equals_the_lower_loss_of_equals_the_first(
+    scores, best
+):
+    history = [{"val_accuracy": accuracy, "val_loss": loss} for accuracy, loss in scores]
+    assert classify.validations_since_best(history) == len(scores) - 1 - best
+
+
+def test_another_seed_gives_another_order_and_other_weights_but_the_same_split():
+    paint({"a": 20, "b": 20})
+    one, other, again = (
+        train("--data", "pictures", "--seed", seed, output=output)
+        for seed, output in ((0, "one"), (1, "other"), (0, "again"))
+    )
+    assert_same(one.first, again.first)
+    assert_same_run("one", "again")
+    assert not torch.equal(one.first["conv1.weight"], other.first["conv1.weight"])
+    trained, evaluated = ([images_in(x, kind) for x in (one, other)] for kind in (True, False))
+    assert not torch.equal(trained[0][0], trained[1][0])
+    assert all(map(torch.equal, *evaluated))
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_compile_trains_through_a_graph_and_saves_the_plain_model(finished, monkeypatch):
+    compiled = torch.compile
+
+    def with_a_quick_backend(model, dynamic):  # the usual one takes half a minute
+        return compiled(model, backend="eager", dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", with_a_quick_backend)
+    torch._dynamo.utils.counters.clear()
+    assert train(*finished.argv, "--compile", "--epochs", 1).code == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+    assert train(*finished.argv, "--epochs", 1, output="plain").code == 0
+    assert_same_run("out", "plain")
+
+
+def test_without_output_a_run_is_in_checkpoint_and_an_earlier_one_is_moved_aside(finished):
+    shutil.copytree(finished.output, "checkpoint")
+    Path("checkpoint", "own.txt").write_text("mine")
+    flags = [*SMALL, *finished.argv, "--epochs", 1]
+    assert os.path.join("checkpoint", "previous") in run(*flags).out
+    for path in finished.output.iterdir():
+        assert Path("checkpoint", "previous", path.name).read_bytes() == path.read_bytes()
+    assert len(rows("checkpoint")) == 1 and Path("checkpoint", "own.txt").exists()
+    run(*flags)
+    assert len(rows("checkpoint/previous")) == 1  # one run back is kept
+
+
+# ---- the data that people have -------------------------------------------------------------------
+
+T = {"train/a": 5, "train/b": 5}
+GOOD = {
+    "classes": ({"a": 10, "b": 20}, [24, 3, 3]),
+    "parts": ({**T, "val/a": 1, "val/b": 1, "test/a": 1, "test/b": 2}, [10, 2, 3]),
+    "other names": ({"Training/a": 3, "Training/b": 2, "VALID/a": 1, "VALID/b": 1}, [3, 2, 2]),
+    "any depth": ({"a/x/y": 5, "a/z": 5, "b": 10}, [16, 2, 2]),
+    "hidden": ({"a": 5, "b": 5, ".git": 3, "__MACOSX/a": 3, "a/@eaDir/x": 3}, [6, 2, 2]),
+    "output": ({"a": 5, "b": 5, "runs/out/c": 3}, [6, 2, 2]),
+}
+REFUSED = {
+    "missing": ({}, "pictures"),
+    "no folders": ({".": 3}, "train"),
+    "one class": ({"a": 12}, "a"),
+    "an empty class": ({"a": 12, "b": 0}, "b"),
+    "too few to split": ({"a": 12, "b": 2, "c": 1}, "3 pictures.* b, c"),
+    "no classes": ({"train": 5, "val": 5}, "train, val"),
+    "flat parts, one of another name": ({"train": 5, "test1": 5}, "test1"),
+    "a test without classes": ({**T, "test": 5}, "test"),
+    "a class called test": ({"a": 5, "b": 5, "test": 5}, "a, b"),
+    "val twice": ({**T, "val/a": 1, "val/b": 1, "valid/a": 1, "valid/b": 1}, "valid"),
+    "pictures beside train": ({**T, "more": 5}, "more"),
+    "a class in train only": ({**T, "test/a": 5}, "test/b"),
+    "a class in test only": ({**T, "test/a": 1, "test/b": 1, "test/z": 1}, "train/z"),
+    "an empty class in test": ({**T, "test/a": 1, "test/b": 0}, "test.* b"),
+    "parts in each class": (
+        {"nut/train": 5, "nut/test": 5, "bolt/train": 5, "bolt/test": 5},
+        "test",
+    ),
+}
+if sys.platform == "linux":
+    REFUSED["val is train"] = ({**T, "val": "train"}, "train, val")
+
+
+@pytest.mark.parametrize("counts, sizes", GOOD.values(), ids=GOOD)
+def test_layouts_that_people_have_are_understood(counts, sizes, capsys):
+    paint(counts)
+    data = read_data("--data", "pictures", "--output", "pictures/runs/out")
+    assert [len(part) for part in data[1:4]] == sizes and data.classes == ["a", "b"]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("counts, named", REFUSED.values(), ids=REFUSED)
+def test_unclear_layouts_are_refused_in_words_that_name_the_odd_folder(counts, named):
+    paint(counts)
+    line = error(run("--data", "pictures"))
+    assert re.search(rf"\b{named}\b", line) and "pictures" in line
+    if not re.search("3 pictures|decoded|No such", line):
+        assert "DIR/CLASS/" in line and "DIR/train/CLASS/" in line
+
+
+def test_what_is_left_out_or_may_not_be_the_classes_is_said_in_a_warning(capsys):
+    paint({"training_set/cat": 5, "training_set/dog": 5, "test_set/cat": 5, "test_set/dog": 5})
+    for name in ("readme.md", "test_set/labels.csv", "test_set/cat/scan.heic", "loose.png"):
+        Path("pictures", name).write_text("")
+    assert read_data("--data", "pictures").classes == ["test_set", "training_set"]
+    told = capsys.readouterr().err
+    assert re.search("warning: .*test_set, training_set holds cat, dog: .*classes?", told)
+    assert "loose.png, readme.md, test_set/cat/scan.heic, test_set/labels.csv" in told
+
+
+def shown(path):
+    """Return what the program makes of a file, at 32 px, as an array H×W×3, or its label."""
+    image, label = classify.PictureFiles([path], [7], 32)[0]
+    return image.permute(1, 2, 0).numpy() if label == 7 else label
+
+
+def test_pictures_of_any_kind_enter_upright_as_rgb_white_where_they_are_transparent():
+    photo = Image.fromarray(noise(7))
+    grey = photo.convert("L")
+    deep = Image.fromarray(np.asarray(grey, dtype=np.uint16) * 256 + 99)
+    few = photo.quantize(16)
+    inside = np.indices((32, 32)).sum(0) % 3 > 0  # where the pictures below are not transparent
+    clear = Image.fromarray(np.dstack([noise(7) // 2, inside * np.uint8(255)]))
+    drawn = Image.fromarray(np.dstack([np.zeros((32, 32, 3), np.uint8), inside * np.uint8(255)]))
+    black = np.where(inside[..., None], np.zeros(3), 255)
+    stripe = Image.fromarray(inside.astype(np.uint8), mode=None).convert("P")
+    stripe.putpalette([9, 9, 9, 0, 0, 0])
+    wide = Image.new("RGB", (96, 32))
+    wide.paste(photo, (32, 0))
+    tall = Image.fromarray(noise(7).repeat(2, 0).repeat(2, 1)).crop((0, -9, 64, 73))
+    turned = Image.Exif()
+    turned[274] = 5  # a mirror, then a quarter of a turn
+    files = {
+        "photo.png": (photo, {}, noise(7)),
+        "print.tif": (photo.convert("CMYK"), {}, noise(7)),
+        "wide.PNG": (wide, {}, noise(7)),
+        "turned.png": (photo, {"exif": turned}, noise(7).transpose(1, 0, 2)),
+        "grey.png": (grey, {}, grey.convert("RGB")),
+        "16 bits.png": (deep, {}, grey.convert("RGB")),
+        "16 bits.tif": (deep, {}, grey.convert("RGB")),
+        "bits.png": (photo.convert("1"), {}, photo.convert("1").convert("RGB")),
+        "palette.gif": (few, {}, few.convert("RGB")),
+        "alpha.png": (clear, {}, np.where(inside[..., None], noise(7) // 2, 255)),
+        "alpha.webp": (drawn, {"lossless": True}, black),
+        "grey alpha.png": (drawn.convert("LA"), {}, black),
+        "index.gif": (stripe, {"transparency": 0}, black),
+        "index.png": (stripe, {"transparency": b"\0"}, black),
+        "key.png": (stripe.convert("RGB"), {"transparency": (9, 9, 9)}, black),
+    }
+    for name, (image, options, expected) in files.items():
+        image.save(name, **options)
+        np.testing.assert_array_equal(shown(name), np.asarray(expected), name)
+    tall.save("tall.png")
+    assert abs(shown("tall.png").astype(float) - noise(7)).mean() < 20  # resized and cropped
+
+
+def write_undecodable(folder):
+    """Write files that cannot be decoded, or whose values have no known range; return names."""
+    jpeg, png = io.BytesIO(), io.BytesIO()
+    Image.fromarray(noise(0)).save(jpeg, "jpeg")
+    Image.fromarray(noise(0)).save(png, "png")
+    jpeg, png = jpeg.getvalue(), png.getvalue()
+    files = {"empty.png": b"", "text.jpg": b"version https://git-lfs", "cut.png": png[:-200]}
+    files |= {"cut.jpg": jpeg[: len(jpeg) // 2], "ff.jpg": jpeg[: jpeg.index(b"\xff\xc0") + 1]}
+    files |= {"program.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"}
+    files |= {"bomb.ppm": b"P6 60000 60000 255\n", "猫 's.JPG": b"no picture"}
+    for name, content in files.items():
+        Path(folder, name).write_bytes(content)
+    for mode in "IF":
+        Image.new(mode, (32, 32), 70000).save(Path(folder, f"mode {mode}.tif"))
+    return [*files, "mode I.tif", "mode F.tif"]
+
+
+def test_undecodable_files_are_named_and_left_out_of_training_and_of_every_figure():
+    paint({"train/a": 4, "train/b": 4, "val/a": 3, "val/b": 3, "test/a": 3, "test/b": 3})
+    parts = {
+        part: write_undecodable(Path("pictures", part, "b")) for part in ("train", "val", "test")
+    }
+    result = train("--data", "pictures", "--epochs", 2)
+    assert result.code == 0 and " of 6)" in result.out, result
+    for part, names in parts.items():
+        for name in names:
+            path = os.path.join("pictures", part, "b", name)
+            assert len(re.findall(rf"^warning: {re.escape(path)} .*: .", result.err, re.M)) == 1
+    val = sorted(Path("pictures", "val").rglob("?.png"))
+    arrays = [np.asarray(Image.open(path)) for path in val]
+    labels = np.array(["ab".index(path.parent.name) for path in val])
+    assert_row(rows()[-1], load("out/last.pth")[1], arrays, labels)
+    trained = torch.cat(images_in(result, training=True))
+    assert len(trained) == 2 * 18 and (trained.std((1, 2, 3)) > 0.5).all()  # others in their place
+    predicted = run("--predict", "pictures/val", "--output", "out")
+    assert len(predicted.out.splitlines()) == 6 and "10 of 16" in error(predicted)
+    missing = run("--predict", val[0], "nowhere.png", "--output", "out")
+    assert missing.out == "" and "nowhere.png" in error(missing)
+
+
+@pytest.mark.parametrize("name", ["scan.heic", "data.h5", "photo.jpg"])
+def test_a_class_without_any_picture_that_decodes_is_an_error_before_training(name):
+    paint({"a": 12, "b": 0})
+    for number in range(12):
+        Path("pictures", "b", f"{number}{name}").write_bytes(b"\0\0\0\x18ftypheic")
+    assert re.search("class b cannot be decoded .*jpg", error(run("--data", "pictures")))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_files_that_are_gone_end_a_run_at_once_and_it_goes_on_when_they_are_back(early, workers):
+    shutil.copytree(early.argv[1], "drive")
+    flags = "--epochs", 3, "--patience", 0, "--validate-every", 1, "--workers", workers
+    assert train("--data", "drive", *flags, output="whole").code == 0
+    os.rename("drive", "unplugged")
+    Path("drive").mkdir()
+    for path in Path("unplugged").rglob("*.png"):  # those that the first epoch needs are there
+        link = Path("drive", path.relative_to("unplugged"))
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())
+
+    def unplug(row):
+        os.rename("unplugged", "elsewhere")
+
+    with pytest.MonkeyPatch.context() as patch:
+        describe = classify.describe_epoch
+        patch.setattr(classify, "describe_epoch", lambda *row: [describe(*row), unplug(row)][0])
+        line = error(train("--data", "drive", *flags))
+    assert re.search(r"drive.[a-z]+.[ab].\d\.png cannot be read", line) and "--resume" in line
+    shutil.rmtree("drive")
+    os.rename("elsewhere", "drive")
+    assert run("--resume", "--output", "out").code == 0
+    assert_same_run("out", "whole")
+
+
+def test_a_resumed_run_refuses_other_pictures_but_finds_the_same_ones_elsewhere(finished):
+    shutil.copytree(finished.output, "out")
+    pictures = finished.argv[1]
+    changes = {
+        "renamed": lambda: os.rename("renamed/val/a/0.png", "renamed/val/a/new.png"),
+        "added": lambda: shutil.copy("added/val/a/0.png", "added/val/a/new.png"),
+        "gone": lambda: os.remove("gone/train/b/3.png"),
+        "moved": lambda: os.rename("moved/train/a/0.png", "moved/train/b/new.png"),
+        "class": lambda: [os.rename(f"class/{part}/a", f"class/{part}/c") for part in PARTS],
+    }
+    for name, change in changes.items():
+        shutil.copytree(pictures, name)
+        change()
+        assert name in error(run("--resume", "--data", name, "--output", "out"))
+    shutil.copytree(pictures, "elsewhere")
+    Path("elsewhere", "notes.txt").write_text("no picture")
+    result = run("--resume", "--data", "elsewhere/", "--epochs", 4, "--output", "out")
+    assert result.code == 0 and len(rows()) == 4
+    for flags in (
+        ["--weights", "imagenet"],
+        ["--freeze"],
+        ["--image-size", "64"],
+        ["--epochs", "2"],
+    ):
+        told = error(run("--resume", *flags, "--output", "out"), code=2)
+        assert flags[0].strip("-").replace("-", "_") in told
+    assert "nowhere" in error(run("--resume", "--output", "nowhere"))
+
+
+PARTS = ["train", "val", "test"]
+
+
+@linux
+def test_twenty_thousand_classes_need_no_table_of_pictures_by_classes():
+    labels = torch.arange(60000) % 20000
+    model = nn.Embedding.from_pretrained(torch.zeros(60000, 1))
+    head = nn.Linear(1, 20000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    batches = ((torch.arange(n, n + 100), labels[n : n + 100]) for n in range(0, 60000, 100))
+    results = classify.evaluate(nn.Sequential(model, head), batches)
+    lines = classify.report(*results[1:3], [str(label) for label in range(20000)])
+    assert len(lines) > 20000 and "(3 of 60000)" in lines[0]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # a gigabyte
+
+
+# ---- what cannot hurt it -------------------------------------------------------------------------
+
+
+@linux
+def test_killed_at_any_moment_a_resumed_run_ends_in_the_same_bits(early):
+    saving, log = Path("out", "unfinished.tmp"), Path("out", "log.csv")
+    flags = [*SMALL, *early.argv, "--patience", 0, "--epochs", 6]
+    assert run(*flags, "--output", "whole").code == 0
+    moments = [lambda: len(rows()) == 1, saving.exists, lambda: len(rows()) == 2]
+    for happened in moments:
+        process = start(*flags, "--workers", 1, "--output", "out")
+        assert until(happened, process)
+        process.kill()
+        process.join()
+        for path in Path("out").glob("*.pth"):
+            load(path)
+        assert len(list(Path("out").glob("*.tmp"))) <= 1
+        flags = ["--resume"]
+    last = load("out/last.pth")[0]
+    if last["epoch"] == 2:  # as if killed between last.pth and best_model.pth, of the best epoch
+        os.remove("out/best_model.pth")
+    log.unlink()
+    assert run("--resume", "--output", "out").code == 0
+    assert_same_run("out", "whole")
+
+
+@linux
+def test_two_processes_train_as_promised_and_one_or_three_go_on(early):
+    flags = [*SMALL, *early.argv, "--patience", 0, "--validate-every", 1, "--epochs", 3]
+    flags[flags.index("--batch-size") + 1] = 6
+    whole = [end(process) for process in torchrun(2, *flags, "--output", "whole")]
+    assert [result.code for result in whole] == [0, 0] and "processes: 2" in whole[0].out
+    assert whole[1].out == "" and whole[0].out.count("epoch 1/3") == 1
+    processes = torchrun(2, *flags, "--output", "out")
+    assert until(lambda: len(rows()) == 2, processes[0])
+    for process in processes:  # torchrun ends the others when one is lost
+        process.kill()
+        process.join()
+    again = torchrun(2, *flags, "--output", "out", restarts=1)  # as torchrun starts them again
+    assert [end(process).code for process in again] == [0, 0]
+    assert_same_run("out", "whole")
+    tests = [end(torchrun(3, "--resume", "--output", "out")[0]), run("--resume", "--output", "out")]
+    figures = [re.findall("test accuracy.*", result.out) for result in (whole[0], *tests)]
+    assert figures[0] == figures[1] == figures[2] != []
+    assert end(torchrun(3, "--resume", "--epochs", 4, "--output", "out")[0]).code == 0
+    assert run("--resume", "--epochs", 5, "--output", "out").code == 0 and len(rows()) == 5
+    other = torchrun(1, *flags, "--output", "out", restarts=1, run_id="another launch")
+    assert "is now in" in end(other[0]).out and len(rows()) == 3  # begins anew
+
+
+@linux
+def test_two_machines_train_as_two_processes_and_the_first_alone_writes(early):
+    flags = [*SMALL, *early.argv, "--patience", 0, "--validate-every", 1, "--epochs", 2]
+    assert end(torchrun(2, *flags, "--output", "one")[0]).code == 0
+    for name in ("first", "second"):
+        Path(name).mkdir()
+    machines = {"cwd": ["first", "second"]}
+    assert end(torchrun(2, *flags, "--epochs", 1, **machines)[0]).code == 0
+    resumed = torchrun(2, "--resume", "--epochs", 2, **machines)
+    assert [end(process).code for process in resumed] == [0, 0]
+    assert sorted(path.name for path in Path("second").iterdir()) == ["err1", "out1"]
+
+
+def test_two_runs_in_one_output_never_report_each_others_figure(finished, early):
+    shutil.copytree(early.output, "out")
+    shutil.copy(finished.output / "best_model.pth", "out")
+    result = run("--resume", "--output", "out")
+    assert "another run" in error(result) and "test accuracy" not in result.out
+
+
+@linux
+def test_a_terminal_shows_how_far_the_epoch_is_and_ctrl_c_ends_with_130():
+    ours, its = os.openpty()
+    os.set_blocking(ours, False)
+    paint({"a": 200, "b": 200})
+    shown = b""
+
+    def left():
+        nonlocal shown
+        with contextlib.suppress(BlockingIOError):
+            shown += os.read(ours, 9999)
+        return re.search(rb"batch \d+ of 80, \d:\d\d:\d\d left", shown)
+
+    process = start(*SMALL, "--data", "pictures", "--batch-size", 4, err=os.ttyname(its))
+    assert until(left, process) and b"\n" not in shown
+    os.write(ours, b"\x03")
+    process.join()
+    left()
+    assert process.exitcode == 130 and shown.count(b"error:") == 1 and b"--resume" in shown
+    assert b"Traceback" not in shown
+
+
+@linux
+def test_a_full_disk_is_an_error_and_a_log_that_cannot_be_written_a_warning(finished):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 20, before[1]))  # last.pth has 134 MB
+    result = train(*finished.argv)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in error(result) and not Path("out", "last.pth").exists()
+    Path("out", "log.csv").mkdir()
+    result = train(*finished.argv)
+    assert result.code == 0 and "warning: cannot write" in result.err and "log.csv" in result.err
+    assert_same(load("out/last.pth")[1], load(finished.output / "last.pth")[1])
+
+
+def test_a_damaged_foreign_or_malicious_checkpoint_is_an_error(finished):
+    shutil.copytree(finished.output, "out")
+    Image.fromarray(noise(0)).save("photo.png")
+    for name, use in (("best_model.pth", ["--predict", "photo.png"]), ("last.pth", ["--resume"])):
+        content = Path("out", name).read_bytes()
+        flipped = bytearray(content)
+        flipped[len(content) // 3] ^= 1
+        plain = io.BytesIO()
+        torch.save(load(Path("out", name))[1], plain)
+        half = content[: len(content) // 2]
+        for bad in (b"", b"some text", half, bytes(flipped), plain.getvalue(), EVIL):
+            Path("out", name).write_bytes(bad)
+            assert name in error(run(*use, "--output", "out"))
+    assert not Path("executed").exists()
+
+
+def test_a_loss_that_is_no_number_is_an_error_that_keeps_what_is_saved(finished):
+    shutil.copytree(finished.output, "out")
+    before = Path("out", "last.pth").read_bytes()
+    flags = "--resume", "--epochs", 4, "--output", "out"
+    assert "--lr" in error(run(*flags, "--lr", "1e18"))
+    assert Path("out", "last.pth").read_bytes() == before
+    assert run(*flags, "--lr", "1e-3").code == 0 and len(rows()) == 4
+
+
+@pytest.mark.parametrize("batch, sizes", [(8, [8]), (128, [9])])
+def test_a_last_batch_of_one_picture_and_fewer_pictures_than_a_batch_train(batch, sizes):
+    paint({"train/a": 5, "train/b": 4, "val/a": 1, "val/b": 1, "test/a": 1, "test/b": 1})
+    result = train("--data", "pictures", "--batch-size", batch)
+    assert result.code == 0 and [len(images) for images in images_in(result, True)] == sizes
+
+
+def lack_distributed():
+    """Make torch as it is where it is built without `torch.distributed`."""
+    for name in dir(torch.distributed.distributed_c10d) + ["is_torchelastic_launched"]:
+        if hasattr(torch.distributed, name) and not name.startswith("_"):
+            delattr(torch.distributed, name)
+    torch.distributed.is_available = lambda: False
+    sys.stdout = None  # nor is there a terminal
+
+
+@linux
+def test_a_torch_without_distributed_stray_variables_and_no_stdout_do_not_matter(finished):
+    stray = {"RANK": "x", "WORLD_SIZE": "7", "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": "1"}
+    process = start(*SMALL, *finished.argv, variables=stray, prepare=lack_distributed)
+    assert end(process).code == 0 and len(rows("checkpoint")) == 3
+
+
+@cuda
+def test_a_gpu_is_used_if_there_is_one_and_its_checkpoints_serve_everywhere(finished):
+    flags = [flag for flag in SMALL if flag not in ("--device", "cpu")]
+    first = run(*flags, *finished.argv, "--epochs", 1, "--workers", 2, "--output", "out")
+    assert first.code == 0 and "cuda" in first.out
+    for epochs, device in ((2, "cuda"), (3, "cpu"), (4, "auto")):
+        resumed = run("--resume", "--epochs", epochs, "--device", device, "--output", "out")
+        assert resumed.code == 0 and len(rows()) == epochs
+
+
+# ---- for those who copy from it ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [16, 32, 33])
+def test_outputs_and_gradients_are_those_of_torchvision(side):
+    torch.manual_seed(0)
+    ours = classify.build_model(3, "none").double()
+    plain = models.resnet18(num_classes=3).double()
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(ours.state_dict())
+    pixels = torch.randn(4, 3, side, side, dtype=torch.float64)
+    results = []
+    for model in (ours, plain):
+        output = model(pixels)
+        nn.functional.cross_entropy(output, torch.tensor([0, 1, 2, 0])).backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        results.append([output, *gradients, *model.buffers()])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-8)
+    with pytest.raises(ValueError):
+        classify.build_model(3, "some")
+
+
+def test_the_loops_can_be_lifted_out_alone_and_do_what_plain_ones_do():
+    space = {"torch": torch, "nn": nn}
+    for function in (classify.train_one_epoch, classify.evaluate):
+        exec(inspect.getsource(function), space)
+    torch.manual_seed(0)
+    images = torch.randn(60, 5)
+    labels = (images[:, 0] > 0).long()
+    batches = DataLoader(TensorDataset(images, labels), batch_size=8)
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 2))
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+    torch.manual_seed(1)
+    mean = space["train_one_epoch"](model.eval(), batches, criterion, optimizer, scheduler)
+    torch.manual_seed(1)
+    losses = []
+    for step, (some, targets) in enumerate(batches):
+        loss = criterion(plain.train()(some), targets)
+        losses += [loss.item()] * len(targets)
+        for weight, slope in zip(plain.parameters(), torch.autograd.grad(loss, plain.parameters())):
+            weight.data -= 0.1 * 0.9**step * slope
+    assert mean == pytest.approx(np.mean(losses))
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
+    labels[3] = -100
+    loss, true, predictions, confidences = space["evaluate"](model.train(), batches)
+    with torch.no_grad():
+        logits = model.eval()(images)
+    assert torch.equal(true, labels) and torch.equal(predictions, logits.argmax(1))
+    assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    torch.testing.assert_close(confidences, logits.softmax(1).amax(1))
+    dtypes = set()
+    model.register_forward_hook(lambda *call: dtypes.add(call[2].dtype))
+    space["train_one_epoch"](model, batches, criterion, optimizer, scheduler, bfloat16=True)
+    assert dtypes == {torch.bfloat16} and model[3].weight.dtype == torch.float32
+
+
+def edits():
+    """Return the README's edits, (old, new): all but those of the data in one list, these alone."""
+    pairs = []
+    for diff in re.findall(r"```diff\n(.*?)```", README, re.S):
+        old, new = ("".join(re.findall(rf"^{sign}(.*\n)", diff, re.M)) for sign in (r"\-", r"\+"))
+        pairs.append((old, new))
+    alone = [[pair] for pair in pairs if "read_data" in pair[0]]
+    return [[pair for pair in pairs if "read_data" not in pair[0]], *alone]
+
+
+def edited(changes):
+    """Return the program with some lines replaced."""
+    source = Path(classify.__file__).read_text("utf-8")
+    for old, new in changes:
+        assert source.count(old) == 1, f"not in one place: {old}"
+        source = source.replace(old, new)
+    Path("edited.py").write_text(source, "utf-8")
+    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    names = {"MyDataset": lambda: [(image + 9 * index, index % 2) for index in range(24)]}
+    return SimpleNamespace(**runpy.run_path("edited.py", names))
+
+
+@pytest.mark.parametrize("changes", edits())
+def test_each_edit_of_the_readme_is_one_place_and_runs(changes):
+    program = edited(changes)
+    paint({"a": 10, "b": 10}, "PICTURES")
+    result = run(*SMALL, "--data", "PICTURES", "--output", "out", program=program)
+    assert result.code == 0 and "test accuracy" in result.out, result
+    assert run("--predict", "PICTURES", "--output", "out", program=program).code == 0
+
+
+def test_an_error_in_edited_code_shows_its_traceback():
+    paint({"a": 4, "b": 4})
+    with pytest.raises(AttributeError):
+        run(
+            *SMALL,
+            "--data",
+            "pictures",
+            program=edited([('picture.convert("RGB")\n', "picture.rgb()\n")]),
+        )
+
+
+def test_the_readme_and_help_name_the_same_flags():
+    helped = set(re.findall(r"--[a-z-]+", classify.make_parser().format_help())) - {"--help"}
+    assert helped == set(
+        re.findall(r"`(--[a-z-]+)", "".join(re.findall(r"^\| `--.*?\|", README, re.M)))
+    )
+
+
+def test_the_readmes_way_to_use_the_weights_elsewhere_says_what_predict_says(finished):
+    [code] = [c for c in re.findall(r"```python\n(.*?)```", README, re.S) if "load_state_dict" in c]
+    shutil.copytree(finished.output, "checkpoint")
+    turned = Image.Exif()
+    turned[274] = 6
+    clear = Image.fromarray(np.dstack([noise(3, side=90), noise(4, side=90)[..., :1]]))
+    for image, options in (
+        (Image.fromarray(noise(2, side=200)[:150]), {"exif": turned}),
+        (clear, {}),
+    ):
+        image.save("photo.png", **options)
+        space = {}
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(code.replace("photo.jpg", "photo.png"), space)
+        share, label = space["logits"][0].softmax(0).max(0)
+        name, told = run("--predict", "photo.png").out.split("  ")[1].rsplit(" ", 1)
+        assert name == "ab"[label] and float(told.rstrip("%\n")) == pytest.approx(
+            100 * share, abs=0.5
+        )
