@@ -12,11 +12,9 @@ of it alone.
 import argparse
 import contextlib
 import csv
-import datetime
 import functools
 import hashlib
 import io
-import math
 import os
 import shutil
 import socket
@@ -25,9 +23,9 @@ import time
 import warnings
 import zipfile
 from collections import Counter
+from datetime import timedelta
 from http.client import HTTPException
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -98,7 +96,7 @@ def prepare_batches(loader, device, size, augment=None):
         # channels_last (another order in memory) and non_blocking make it faster, no more
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         # CIFAR-10 comes as 32×32; picture files already have this size
-        images = v2.functional.resize(images, [size, size])
+        images = v2.functional.resize(images, [size, size], v2.InterpolationMode.BICUBIC)
         if augment:  # a transform draws once a call: here for 16 images, as one by one is slow
             images = torch.cat([augment(group) for group in images.split(16)])
         yield normalize(to_float(images)), labels.to(device, non_blocking=True)
@@ -195,8 +193,7 @@ def main(argv=None):
 
     # 1. data: three sets that share no picture, and a DataLoader for each; only training shuffles
     data = on_process_0(read_data, flags, saved)
-    # flags: as typed; args: with a value chosen for each flag that was not typed
-    args = on_process_0(choose_defaults, flags, data, device, processes)
+    args = on_process_0(choose_defaults, flags, data, device, processes)  # flags, all chosen now
     train_loader, val_loader, test_loader = make_loaders(data, args, device, rank, processes)
     augment = make_augmentation(args.image_size, args.mirror)
     # 2. model
@@ -230,9 +227,10 @@ def main(argv=None):
     for epoch in range(done + 1, args.epochs + 1):
         # early stop: --patience validations in a row were no better than the best one (0: never)
         if 0 < args.patience <= validations_since_best(history):
-            warn(f"stopped: {args.patience} validations in vain; --resume --patience 0 goes on")
+            if rank == 0:
+                print(f"no better in {args.patience} validations; --resume --patience 0 goes on")
             break
-        train_loader.sampler.set_epoch(epoch)  # shuffle: another order in each epoch
+        train_loader.sampler.set_epoch(hash((args.seed, epoch)))  # shuffle: another order
         torch.manual_seed(hash((args.seed, epoch, rank)))  # so a resumed epoch is the same
         start = time.perf_counter()
         batches = prepare_batches(train_loader, device, args.image_size, augment)
@@ -264,8 +262,8 @@ def main(argv=None):
             "fingerprint": data.fingerprint,  # shows whether the pictures are still the same
         }
         if rank == 0:
-            if not math.isfinite(train_loss + val_loss):
-                stop(f"the loss is no number; go on, or start again, with a --lr below {args.lr}")
+            if not np.isfinite(train_loss + val_loss):
+                stop("the loss is no number: lower --lr, or give pictures that can be decoded")
             save(output / "last.pth", {**checkpoint, **to_resume})
             if is_best:
                 save(output / "best_model.pth", checkpoint)
@@ -280,7 +278,7 @@ def main(argv=None):
     if rank == 0:
         print(*report(labels, predictions, data.classes), sep="\n", flush=True)
         draw_mistakes(output, data, labels, predictions, confidences)
-        print(f"all is in {output}; go on: --predict PICTURE, or --resume --epochs N", flush=True)
+        print(f"next: --predict PICTURE, or --resume --epochs N, and --output {output}", flush=True)
     if processes > 1:
         dist.destroy_process_group()
 
@@ -322,17 +320,18 @@ def parse_args(argv):
     A resumed run has the flags that it was started with, but what is typed now wins.
     """
     socket.setdefaulttimeout(15)  # seconds that a server may stay silent
+    warn.cache_clear()  # in a notebook, each run says its own
     parser = make_parser()
     flags = parser.parse_args(argv)
     least = {"image_size": 1, "epochs": 1, "batch_size": 2, "lr": 1e-12, "validate_every": 1}
     for name, value in vars(flags).items():
         if type(value) in (int, float) and not least.get(name, 0) <= value < 2**63:
-            parser.error(f"--{name.replace('_', '-')} {value}: give {least.get(name, 0)} or more")
+            parser.error(f"--{name.replace('_', '-')} {value} is out of range")
     path = Path(flags.output, "last.pth")
     # torchrun starts all processes again when one was lost; the run goes on, if it is this launch's
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and path.exists()
-    saved = load_checkpoint(path, "history") if flags.resume or restarted else None
-    if restarted and not flags.resume and saved["run_id"] != os.environ["TORCHELASTIC_RUN_ID"]:
+    saved = load_checkpoint(path, "fingerprint") if flags.resume or restarted else None
+    if restarted and not flags.resume and saved["run_id"] != make_run_id():
         saved = None
     if saved:
         own = {**saved["flags"], "output": flags.output, "resume": True}
@@ -396,7 +395,7 @@ def read_named(name):
         train = draw_digits(5000, seed=0)
         test = draw_digits(1000, seed=1)
     images = torch.from_numpy(np.concatenate([train.data, test.data])).permute(0, 3, 1, 2)
-    labels = np.array([*train.targets, *test.targets])
+    labels = np.array([*train.targets, *test.targets], dtype=np.int64)
     parts = np.where(np.arange(len(labels)) < len(train.targets), "train", "test")
     split = split_off_missing(labels, parts, train.classes, name)
     sets = [TensorDataset(images[part], torch.from_numpy(labels[part])) for part in split]
@@ -413,7 +412,7 @@ def draw_digits(count, seed):
         font = ImageFont.load_default(rng.integers(18, 29))
         ImageDraw.Draw(picture).text(rng.uniform(13, 19, 2), str(label), "black", font, anchor="mm")
         data[index] = picture.rotate(rng.uniform(-20, 20), fillcolor="white")
-    return SimpleNamespace(data=data, targets=targets, classes=list("0123456789"))
+    return argparse.Namespace(data=data, targets=targets, classes=list("0123456789"))
 
 
 def split_off_missing(labels, parts, classes, source):
@@ -443,7 +442,7 @@ def split_off_missing(labels, parts, classes, source):
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 PARTS |= {"val": "val", "valid": "val", "validation": "val"}
 NO_DATA = "__MACOSX|@eaDir|Thumbs.db|desktop.ini|$RECYCLE.BIN|System Volume Information".split("|")
-LAYOUTS = "a data set has 2 classes or more: DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg, val, test"
+LAYOUTS = "give 2 classes or more, as DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg (and val, test)"
 
 
 def read_folder(root, size, output):
@@ -507,21 +506,22 @@ def check_layout(root, tops, named, inner):
     classes = {name for _, name in inner}
     real = {os.path.realpath(os.path.join(root, name)) for name in named}
     common = set.intersection(*inner.values()) if inner else set()
+    # each line is looked at only if those above it found nothing
     odd = [name for name in tops if named and name not in named]
-    odd += ({"train"} | parts) - filled
-    odd += [f"{part}/{name}" for part in filled for name in classes if (part, name) not in inner]
-    odd += [name for name in common if name.lower() in PARTS]
-    if min(len(parts), len(real)) < len(named):
-        odd += named
+    odd = odd or ({"train"} | parts) - filled
+    odd = odd or [f"{a}/{b}" for a in filled for b in classes if (a, b) not in inner]
+    odd = odd or [name for name in common if name.lower() in PARTS]
+    if len(parts) < len(named) or len(real) < len(named):
+        odd = named
     if odd or len(classes) < 2:
-        stop(f"{root}: {some(odd or classes)} is missing or alone, or in an odd place; {LAYOUTS}")
+        stop(f"{root}: {some(odd or classes)}: missing, alone, twice, or out of place; {LAYOUTS}")
     if common:
         warn(f"each of {some(classes)} holds {some(common)}: which of them are the classes?")
 
 
 def check_decodes(root, paths, what):
     """End the program if none of the first ten of these pictures can be decoded."""
-    problem = f"no file ends in {', '.join(ENDINGS)}"
+    problem = "no file ends in .jpg, .png or the like"
     for path in paths[:10]:
         try:
             open_picture(os.path.join(root, path), size=1)
@@ -549,7 +549,7 @@ def open_picture(path, size):
     try:
         file = io.BytesIO(Path(path).read_bytes())
     except OSError as error:
-        raise OSError(f"{path} cannot be read ({error.strerror}); --resume when it can") from error
+        raise OSError(f"{path} cannot be read: {error.strerror}; mend it, then --resume") from error
     try:
         picture = Image.open(file, formats=FORMATS)
         picture.draft("RGB", (size, size))  # faster: a large JPEG is decoded at a half or less
@@ -582,8 +582,8 @@ def choose_defaults(flags, data, device, processes):
         try:
             build_model(1, "imagenet")
             args.weights = "imagenet"
-        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: a wrong checksum
-            problem = f"the ImageNet weights cannot be downloaded ({error})"
+        except (OSError, HTTPException, RuntimeError, EOFError) as error:
+            problem = f"the ImageNet weights cannot be had ({error})"
             if args.weights == "imagenet":
                 stop(f"{problem}; try again later, or give --weights none")
             warn(f"{problem}\n\n    STARTING FROM RANDOM WEIGHTS, which need more pictures\n")
@@ -596,11 +596,11 @@ def choose_defaults(flags, data, device, processes):
         args.batch_size = 128 if count > 4000 else max(8, 2 * processes, count // 50)
         args.batch_size -= args.batch_size % processes
     if args.batch_size % processes or min(args.batch_size, count) < 2 * processes:
-        stop(f"{processes} processes: give each the same number of pictures in a batch, 2 or more")
+        stop(f"each of {processes} processes needs as many pictures in a batch, 2 or more")
     if args.lr is None:
         args.lr = 0.01 if args.freeze else {"imagenet": 0.001, "none": 0.003}[args.weights]
     if args.patience is None:  # so late the rate has fallen to a tenth of its peak
-        args.patience = math.ceil(0.875 * args.epochs / args.validate_every)
+        args.patience = int(np.ceil(0.875 * args.epochs / args.validate_every))
     files = 0 if isinstance(data.train, TensorDataset) else count
     args.workers = choose_workers(args.workers, files, args.batch_size, args.image_size, device)
     return args
@@ -639,7 +639,7 @@ def make_loaders(data, args, device, rank, processes):
         "pin_memory": device.type == "cuda",  # faster
         "generator": torch.Generator(),  # the global one is for training alone
     }
-    sampler = DistributedSampler(data.train, processes, rank, shuffle=True, seed=args.seed)
+    sampler = DistributedSampler(data.train, processes, rank, shuffle=True)
     single = len(sampler) % batch_size == 1  # batch-norm cannot train on a batch of one picture
     train_loader = DataLoader(data.train, sampler=sampler, drop_last=single, **options)
     return train_loader, DataLoader(data.val, **options), DataLoader(data.test, **options)
@@ -690,6 +690,12 @@ def has_native_bfloat16(device):
 RUN_FILES = ["last.pth", "best_model.pth", "log.csv", "mistakes.png"]
 
 
+def make_run_id():
+    """Return the name of a new run; under torchrun, one that a restart of the launch has again."""
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{launch} {os.getppid()}" if launch else os.urandom(8).hex()
+
+
 def resume(saved, model, optimizer, scheduler, steps_per_epoch):
     """Bring model, optimizer and scheduler to where a saved run was; return its history and id.
 
@@ -697,7 +703,7 @@ def resume(saved, model, optimizer, scheduler, steps_per_epoch):
     nothing is changed: the history is empty, and the id new.
     """
     if saved is None:
-        return [], os.environ.get("TORCHELASTIC_RUN_ID", os.urandom(8).hex())
+        return [], make_run_id()
     model.load_state_dict(saved["model"])
     today = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({**saved["optimizer"], "param_groups": today})
@@ -712,14 +718,13 @@ def prepare_output(output, saved):
     output.mkdir(parents=True, exist_ok=True)
     if saved:
         if validations_since_best(saved["history"]) == 0:  # it may have been killed before this
-            keys = ["model", "classes", "image_size", "run_id", *saved["history"][0]]
-            save(output / "best_model.pth", {key: saved[key] for key in keys})
+            extra = ("optimizer", "history", "flags", "fingerprint")
+            save(output / "best_model.pth", {key: saved[key] for key in saved if key not in extra})
         write_log(output / "log.csv", saved["history"])
-    elif (output / "last.pth").exists():
+    elif any((output / name).exists() for name in RUN_FILES):
         previous = output / "previous"
         previous.mkdir(exist_ok=True)
         for name in RUN_FILES:
-            (previous / name).unlink(missing_ok=True)
             if (output / name).exists():
                 os.replace(output / name, previous / name)
         print(f"the earlier run in {output} is now in {previous}", flush=True)
@@ -751,7 +756,7 @@ def write_log(path, history):
         with open(path, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([history[0].keys(), *(row.values() for row in history)])
     except OSError as error:
-        warn(f"cannot write {path} ({error}); nothing is lost, the next epoch tries again")
+        warn(f"cannot write {path} ({error.strerror}); nothing is lost: --resume writes it, too")
 
 
 def load_checkpoint(path, key):
@@ -771,11 +776,10 @@ def load_checkpoint(path, key):
 
 def load_best(output, history, run_id):
     """Return the best checkpoint of a run; end the program if another run has replaced it."""
-    path = output / "best_model.pth"
-    best = load_checkpoint(path, "run_id")
+    best = load_checkpoint(output / "best_model.pth", "image_size")
     best_epoch = history[-1 - validations_since_best(history)]["epoch"]
     if (best["run_id"], best["epoch"]) != (run_id, best_epoch):
-        stop(f"{path} is of another run, which wrote into the same --output; train again")
+        stop(f"another run wrote into {output}, too, and replaced best_model.pth; train again")
     return best
 
 
@@ -787,6 +791,8 @@ def report(labels, predictions, classes):
     decoded = labels != UNDECODABLE
     labels = labels[decoded]
     predictions = predictions[decoded]
+    if len(labels) == 0:
+        stop("no test picture can be decoded; give others")
     wrong = labels != predictions
     right = torch.bincount(labels[~wrong], minlength=len(classes))
     true = torch.bincount(labels, minlength=len(classes))
@@ -812,12 +818,11 @@ def draw_mistakes(output, data, labels, predictions, confidences):
     """Write mistakes.png: the test pictures that were most surely mistaken, and for what."""
     wrong = torch.nonzero((labels != predictions) & (labels != UNDECODABLE)).flatten()
     surest = wrong[confidences[wrong].argsort(descending=True)][:32].tolist()
-    sheet = Image.new("RGB", (8 * 200, max(1, math.ceil(len(surest) / 8)) * 240))
+    sheet = Image.new("RGB", (8 * 200, max(1, (len(surest) + 7) // 8) * 240))
     for number, index in enumerate(surest):
         tile = Image.new("RGB", (200, 240))
         tile.paste(v2.functional.to_pil_image(data.test[index][0]).resize((192, 192)))
-        true = data.classes[labels[index]]
-        predicted = data.classes[predictions[index]]
+        true, predicted = (data.classes[label[index]] for label in (labels, predictions))
         text = f"{true:.24}\n-> {predicted:.18} {confidences[index]:.0%}"
         ImageDraw.Draw(tile).text((0, 194), text, "white", ImageFont.load_default(13))
         sheet.paste(tile, (number % 8 * 200, number // 8 * 240))
@@ -833,7 +838,7 @@ def predict(flags, device):
 
     Ends the program with an error if there are files that cannot be decoded.
     """
-    checkpoint = load_checkpoint(Path(flags.output, "best_model.pth"), "run_id")
+    checkpoint = load_checkpoint(Path(flags.output, "best_model.pth"), "image_size")
     classes = checkpoint["classes"]
     model = build_model(len(classes), "none")
     model.load_state_dict(checkpoint["model"])
@@ -872,8 +877,7 @@ def join_processes():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
-    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # for slow downloads
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(hours=2))
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -910,10 +914,10 @@ def describe(data, args, device, processes):
     sizes = f"{len(data.train)} train, {len(data.val)} val, {len(data.test)} test"
     return f"""\
 data     {data.name}: {sizes}; {len(data.classes)} classes: {some(data.classes)}
-device   {device}, processes: {processes}, workers: {args.workers}
-flags    --image-size {args.image_size} --{"mirror" if args.mirror else "no-mirror"} \
---epochs {args.epochs} --batch-size {args.batch_size} --lr {args.lr} --weights {args.weights} \
---patience {args.patience} --seed {args.seed} --output {args.output}"""
+flags    --data {data.name} --image-size {args.image_size} --batch-size {args.batch_size} --epochs \
+{args.epochs} --lr {args.lr} --weights {args.weights} --patience {args.patience} --validate-every \
+{args.validate_every} --seed {args.seed} --{"" if args.mirror else "no-"}mirror --workers \
+{args.workers} --device {device.type} --output {args.output}; processes: {processes}"""
 
 
 def describe_epoch(row, epochs, is_best):
@@ -928,14 +932,13 @@ def describe_epoch(row, epochs, is_best):
 def show_progress(loader):
     """Yield the batches of a loader; in a terminal a line tells how far they are."""
     shows = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-    start = time.monotonic()
-    shown = start
+    start = shown = time.monotonic()
     for number, batch in enumerate(loader, 1):
         yield batch
         if shows and time.monotonic() - shown > 1:
             shown = time.monotonic()
             seconds = round((shown - start) / number * (len(loader) - number))
-            text = f"batch {number} of {len(loader)}, {datetime.timedelta(seconds=seconds)} left"
+            text = f"batch {number} of {len(loader)}, {timedelta(seconds=seconds)} left"
             print(text.ljust(60), end="\r", file=sys.stderr, flush=True)
 
 
@@ -949,10 +952,10 @@ def run():
         print("error: interrupted; --resume goes on after the last saved epoch", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError:
-        stop("the memory of the GPU is full; give a smaller --batch-size, with --resume if saved")
+        stop("the memory of the GPU is full; give a smaller --batch-size (with --resume, to go on)")
     except (OSError, MemoryError) as error:
         stop((str(error) or repr(error)).splitlines()[-1])  # a loader worker's is a traceback
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # in a notebook's cell: main([...])
     sys.exit(run())
