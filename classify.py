@@ -172,9 +172,9 @@ def evaluate(model, batches):
         total_loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
         probabilities = logits.softmax(dim=1)
         confidences, predictions = probabilities.max(dim=1)  # the largest value, and its place
-        results.append((labels, predictions, confidences))
-    # join the batches: one tensor each
-    labels, predictions, confidences = (torch.cat(column).cpu() for column in zip(*results))
+        # a row of plain numbers for each picture: many small tensors would keep memory from reuse
+        results += zip(labels.tolist(), predictions.tolist(), confidences.tolist())
+    labels, predictions, confidences = (torch.tensor(column) for column in zip(*results))
     return float(total_loss / (labels >= 0).sum()), labels, predictions, confidences
 
 
