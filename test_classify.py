@@ -1,7 +1,6 @@
 """What the program promises, tried on real runs of it on small real files; it needs no network.
 
-A test's name is the promise. First come runs that are followed by hand, with torch and torchvision
-alone; then the flags, the data that people have, what can go wrong, and copying.
+A test's name is the promise. First come runs that are followed by hand, without the program.
 """
 
 import contextlib
@@ -40,21 +39,15 @@ from torchvision.transforms import v2
 
 import classify
 
-with contextlib.suppress(ImportError):  # not on Windows
-    import resource
-
 HERE = str(Path(__file__).parent)
 README = Path(HERE, "README.md").read_text("utf-8")
 SMALL = "--image-size 32 --batch-size 8 --epochs 1 --weights none --device cpu --workers 0".split()
 CPU = torch.device("cpu")
-BICUBIC = v2.InterpolationMode.BICUBIC
+TURNED = b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\5\0\0\0\0\0\0\0"  # orientation 5
 EVIL = b"cos\nmkdir\n(S'executed'\ntR."  # a pickle that makes a folder when it is read
-linux = pytest.mark.skipif(sys.platform != "linux", reason="needs signals, limits and /dev/shm")
 
 
 # ---- helpers -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="session", autouse=True)
 def offline():
     """Nothing comes from a network or from this machine's cache of weights."""
@@ -138,6 +131,8 @@ def child(argv, cwd, files, variables):
 
 def start(*argv, cwd=".", name="", variables=()):
     """Start the program in a process of its own, forked from one that has torch imported."""
+    if sys.platform != "linux":
+        pytest.skip("needs signals and sessions")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     files = [Path(cwd, f"{kind}{name}.txt").absolute() for kind in ("out", "err")]
@@ -175,14 +170,12 @@ def until(happened, process):
 
 
 def end(process):
-    """Wait for a process; return what `run` returns."""
-    until(lambda: False, process)
+    process.join(240)
     out, err = (path.read_text("utf-8") for path in process.files)
     return SimpleNamespace(code=process.exitcode, out=out, err=err)
 
 
 def noise(*seed, side=32):
-    """Return a picture of noise as an array, side×side×3."""
     return np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
 
 
@@ -197,20 +190,17 @@ def paint(counts, root="pictures"):
 
 
 def rows(output="out"):
-    """Return the rows of log.csv, numbers by column."""
     path = Path(output, "log.csv")
     table = list(csv.DictReader(path.open())) if path.exists() else []
     return [{key: float(value) for key, value in row.items()} for row in table]
 
 
 def load(path):
-    """Return a checkpoint and the state_dict in it."""
     checkpoint = torch.load(path, weights_only=True)
     return checkpoint, checkpoint["model"]
 
 
 def assert_same(one, other, but=()):
-    """Check that two state_dicts are the same, bit for bit."""
     assert one.keys() == other.keys()
     assert [key for key in one if key not in but and not torch.equal(one[key], other[key])] == []
 
@@ -224,12 +214,10 @@ def assert_same_run(output, other):
 
 
 def read_data(*argv):
-    """Return the data sets that these flags name, as the program makes them."""
     return classify.read_data(*classify.parse_args(["--output", "out", *map(str, argv)]))
 
 
 def normalized(arrays):
-    """Return pictures, arrays H×W×3, as the network should get them: float N×3×H×W."""
     pixels = (np.stack(arrays) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     return torch.tensor(pixels, dtype=torch.float32).permute(0, 3, 1, 2)
 
@@ -274,10 +262,8 @@ FLAGS = "--image-size 64 --batch-size 16 --epochs 3 --lr 0.002 --seed 3 --patien
 
 @pytest.fixture(scope="module")
 def followed():
-    """A run of three epochs on DIR/CLASS/**, and what it ought to have done.
-
-    pictures: arrays by "CLASS/FILE"; each has a red of its own. One in ten is a JPEG in capitals,
-    one lies on its side, one of all is deep in folders. parts: the files of train, val and test
+    """A run of three epochs on DIR/CLASS/**: its `pictures`, arrays by "CLASS/FILE", each of a red
+    of its own (one in ten is a JPEG in capitals, one lies on its side), and `parts`, their files.
     """
     with tempfile.TemporaryDirectory() as name:
         root, pictures = Path(name, "pictures"), {}
@@ -307,7 +293,6 @@ def files_of(images, pictures):
 
 
 def labels_of(files):
-    """Return the labels of files CLASS/FILE."""
     return np.array([CLASSES.index(file.split("/")[0]) for file in files])
 
 
@@ -416,28 +401,19 @@ def test_mistakes_and_predictions_are_those_of_the_best_weights(followed):
 
 
 def test_the_report_has_each_classs_scores_their_means_and_the_five_pairs_confused_most():
-    rng = np.random.default_rng(0)
-    labels, predictions = rng.integers(0, 5, 500), rng.integers(0, 4, 500)  # no "e" is predicted
-    confusion = np.zeros((5, 5))
-    np.add.at(confusion, (labels, predictions), 1)
-    right, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    labels = torch.tensor([*labels, -100])  # a picture that could not be decoded
-    text = "\n".join(classify.report(labels, torch.tensor([*predictions, 0]), list("abcde")))
-    assert text.startswith(f"test accuracy {right.sum() / 500:.2%} ({right.sum():.0f} of 500)\n")
-    scores = np.stack([right / predicted.clip(1), right / true, 2 * right / (true + predicted)], 1)
-    expected = [*np.column_stack([scores, true]), [*scores.mean(0), 500]]
-    table = re.findall(r"^(\w+) +(\d\.\d{4}) +(\d\.\d{4}) +(\d\.\d{4}) +(\d+)$", text, re.M)
-    assert [name for name, *_ in table] == [*"abcde", "mean"]
-    np.testing.assert_allclose(np.float64([row[1:] for row in table]), expected, atol=1e-4)
-    pairs = re.findall(r"^(.) -> (.) (\d+)$", text, re.M)
-    wrong = confusion - np.diag(right)
-    assert [int(count) for *_, count in pairs] == sorted(wrong.ravel(), reverse=True)[:5]
-    assert all(wrong["abcde".index(a), "abcde".index(b)] == int(count) for a, b, count in pairs)
+    confusion = torch.tensor([10, 6, 1, 5, 20, 4, 3, 2, 30])  # true a, b, c × predicted a, b, c
+    places = torch.repeat_interleave(torch.arange(9), confusion)
+    labels = torch.cat([places // 3, torch.tensor([-100])])  # the last could not be decoded
+    predictions = torch.cat([places % 3, torch.tensor([0])])
+    text = "\n".join(classify.report(labels, predictions, ["a", "b", "c"]))
+    told = ["test accuracy 74.07% (60 of 81)", "", "class precision recall F1 count"]
+    told += ["a 0.5556 0.5882 0.5714 17", "b 0.7143 0.6897 0.7018 29", "c 0.8571 0.8571 0.8571 35"]
+    told += ["mean 0.7090 0.7117 0.7101 81", "", "most often confused (true -> predicted):"]
+    told += ["a -> b 6", "b -> a 5", "b -> c 4", "c -> a 3", "c -> b 2"]
+    assert re.sub(" +", " ", text).splitlines() == told
 
 
 # ---- data sets by name ---------------------------------------------------------------------------
-
-
 def cifar_picture(name, place):
     """Return the picture that is packed at this place, train first: every pixel tells which."""
     y, x = np.mgrid[:32, :32]
@@ -472,14 +448,13 @@ def cifar(folder, monkeypatch):
     Path("served").mkdir()
     packed = [pack_cifar("cifar10", datasets.CIFAR10, "labels")]
     packed.append(pack_cifar("cifar100", datasets.CIFAR100, "fine_labels"))
-    silent = socket.create_server(("127.0.0.1", 0))  # it never answers
-    with silent, http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        ports = {"nothing": 9, "silence": silent.getsockname()[1]}
 
         def answers(how):
             for official, archive, expected in packed:
-                url = f"http://127.0.0.1:{ports.get(how, server.server_port)}/{official.filename}"
+                port = 9 if how == "nothing" else server.server_port
+                url = f"http://127.0.0.1:{port}/{official.filename}"
                 for attribute, value in {**expected, "url": url}.items():
                     monkeypatch.setattr(official, attribute, value)
                 content = {"half": archive[:999], "rubbish": bytes(len(archive))}.get(how, archive)
@@ -499,7 +474,7 @@ def test_a_set_by_name_is_downloaded_once_and_its_pictures_get_to_the_network(ci
     val = sorted(parts["val"])
     for images, places in zip(result.evaluated, (val, range(60, 69)), strict=True):
         pixels = torch.from_numpy(np.stack([cifar_picture(name, place) for place in places]))
-        pixels = v2.functional.resize(pixels.permute(0, 3, 1, 2), [size, size], BICUBIC)
+        pixels = v2.functional.resize(pixels.permute(0, 3, 1, 2), [size, size], 3)
         expected = normalized(pixels.permute(0, 2, 3, 1).numpy())
         torch.testing.assert_close(images.contiguous(), expected, rtol=0, atol=1e-5)
     trained = torch.cat(result.trained)
@@ -514,7 +489,7 @@ def test_a_set_by_name_is_downloaded_once_and_its_pictures_get_to_the_network(ci
     assert read_data("--data", name).classes == [f"{name} {label}" for label in "abc"]
 
 
-@pytest.mark.parametrize("how", ["nothing", "silence", "half", "rubbish"])
+@pytest.mark.parametrize("how", ["nothing", "half", "rubbish"])
 def test_a_failed_download_is_an_error_and_the_next_run_starts_it_again(cifar, how, monkeypatch):
     waits, timeout = [], socket.setdefaulttimeout
     monkeypatch.setattr(socket, "setdefaulttimeout", lambda s: [waits.append(s), timeout(0.3)])
@@ -564,9 +539,8 @@ def finished():
 
 @pytest.fixture(scope="module")
 def early(finished):
-    """A run whose validation accuracy is always a half: both classes have the same picture.
-
-    The rate is so high that the loss gets worse; patience ends it long before thirty epochs.
+    """A run whose validation accuracy is always a half, for both classes have the same picture. The
+    rate is so high that the loss gets worse; patience ends it long before thirty epochs.
     """
     pictures = finished.output.with_name("halves")
     paint({"train/a": 8, "train/b": 8, "val/a": 0, "val/b": 0}, pictures)
@@ -574,18 +548,6 @@ def early(finished):
         Image.fromarray(noise(5)).save(pictures / "val" / name / "same.png")
     argv = "--data", pictures, "--epochs", 30, "--patience", 2, "--validate-every", 2, "--lr", 0.02
     return train(*argv, output=finished.output.with_name("early"))
-
-
-@pytest.fixture
-def cached(folder, monkeypatch):
-    """Where torchvision keeps the ImageNet weights; random ones lie there."""
-    monkeypatch.setenv("TORCH_HOME", str(folder / "cache"))
-    path = folder / "cache" / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
-    path.parent.mkdir(parents=True)
-    model = models.resnet18()
-    model(torch.randn(4, 3, 32, 32))  # moves the running statistics
-    torch.save(model.state_dict(), path)
-    return path
 
 
 @pytest.mark.parametrize("flags", UNUSABLE)
@@ -597,6 +559,7 @@ def test_unusable_flags_are_an_error_that_names_them_and_exit_with_2(folder, fla
 def chosen(count, *argv, weights="none", processes=1, device="cpu", files=False):
     """Return the flags as they are for so many pictures, with what was left unsaid chosen."""
     flags, _ = classify.parse_args(["--weights", weights, *map(str, argv)])
+    flags.resume = True  # so no weights are fetched
     pictures = TensorDataset(torch.zeros(count, 1), torch.zeros(count))
     if files:
         pictures = classify.PictureFiles(["a.png"] * count, [0] * count, 32)
@@ -604,7 +567,7 @@ def chosen(count, *argv, weights="none", processes=1, device="cpu", files=False)
     return classify.choose_defaults(flags, data, torch.device(device), processes)
 
 
-def test_what_is_left_unsaid_is_chosen_as_the_readme_says(cached):
+def test_what_is_left_unsaid_is_chosen_as_the_readme_says():
     sizes = [chosen(count).batch_size for count in (20, 160, 700, 4000, 4001, 50000)]
     assert sizes == [8, 8, 14, 80, 128, 128]
     assert [chosen(count, processes=3).batch_size for count in (20, 50000)] == [6, 126]
@@ -615,17 +578,14 @@ def test_what_is_left_unsaid_is_chosen_as_the_readme_says(cached):
     assert [args.lr for args in rates] == [0.003, 0.001, 0.01]
     for epochs, every, patience in ((10, 1, 9), (20, 1, 18), (60, 1, 53), (9, 2, 4)):
         assert chosen(9, "--epochs", epochs, "--validate-every", every).patience == patience
-    assert [chosen(9, *x).mirror for x in ([], ["--mirror"], ["--no-mirror"])] == [
-        True,
-        True,
-        False,
-    ]
+    mirrors = [chosen(9, *x).mirror for x in ([], ["--mirror"], ["--no-mirror"])]
+    assert mirrors == [True, True, False]
     flags = [classify.parse_args(["--data", x])[0] for x in ("digits", "auto", "photos")]
     assert [x.image_size for x in flags] == [32, 32, 224]
 
 
-@linux
 def test_workers_are_no_more_than_processors_and_shared_memory_have_room_for(monkeypatch):
+    pytest.importorskip("resource")  # not on Windows
     assert chosen(10**4).workers == 0 == chosen(10, files=True).workers
     for number in (1, 2, 7):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=number: range(n))
@@ -638,10 +598,16 @@ def test_workers_are_no_more_than_processors_and_shared_memory_have_room_for(mon
         chosen(10**4, "--image-size", size, "--workers", 9)
 
 
-def test_imagenet_weights_are_used_and_freeze_keeps_all_but_the_head(finished, cached):
+def test_imagenet_weights_are_used_and_freeze_keeps_all_but_the_head(finished, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", "cache")
+    cached = Path("cache", "hub", "checkpoints", "resnet18-f37072fd.pth")
+    cached.parent.mkdir(parents=True)
+    model = models.resnet18()
+    model(torch.randn(4, 3, 32, 32))  # moves the running statistics
+    torch.save(model.state_dict(), cached)
+    original, head = torch.load(cached), ["fc.weight", "fc.bias"]
     full = train(*finished.argv, "--weights", "auto", "--epochs", 1, output="full")
     assert "--weights imagenet --" in full.out and full.err == ""
-    original, head = torch.load(cached), ["fc.weight", "fc.bias"]
     assert_same(full.first, original, but=head)
     assert not torch.equal(load("full/last.pth")[1]["conv1.weight"], original["conv1.weight"])
     frozen = train(*finished.argv, "--weights", "imagenet", "--freeze", "--epochs", 1)
@@ -649,9 +615,8 @@ def test_imagenet_weights_are_used_and_freeze_keeps_all_but_the_head(finished, c
         assert_same(load(Path("out", name))[1], original, but=head)
     assert not torch.equal(load("out/last.pth")[1]["fc.weight"], frozen.first["fc.weight"])
     cached.unlink()
-    assert "weights" in error(train(*finished.argv, "--weights", "imagenet"))
-    for weights in ("auto", "none"):
-        assert "--freeze" in error(train(*finished.argv, "--weights", weights, "--freeze"))
+    for flags in ("--weights imagenet", "--freeze --weights auto", "--freeze --weights none"):
+        assert flags.split()[0] in error(run(*SMALL, *finished.argv, *flags.split()))
 
 
 def test_patience_ends_a_run_the_best_weights_are_tested_and_epochs_alone_do_not_prolong_it(early):
@@ -666,21 +631,15 @@ def test_patience_ends_a_run_the_best_weights_are_tested_and_epochs_alone_do_not
     assert again.code == 0 and len(rows()) == len(losses) and "--patience 0" in again.out
     flags = "--resume", "--patience", 0, "--epochs", 7, "--output", "out"
     assert run(*flags).code == 0 and [row["epoch"] for row in rows()] == [2, 4, 6, 7]
-
-
-def test_two_runs_in_one_output_never_report_each_others_figure(finished, early):
-    shutil.copytree(early.output, "out")
-    shutil.copy(finished.output / "best_model.pth", "out")
-    result = run("--resume", "--output", "out")
-    assert "another run" in error(result) and "test accuracy" not in result.out
+    shutil.copy(early.output.with_name("out") / "best_model.pth", "out")
+    result = run("--resume", "--output", "out")  # as if another run had written there, too
+    assert "another run" in error(result) and "accuracy" not in result.out
 
 
 def test_the_best_has_the_highest_accuracy_of_equals_the_lower_loss_of_equals_the_first():
-    tables = {1: [(0.5, 1), (0.9, 3), (0.7, 1)], 2: [(0.9, 3), (0.9, 4), (0.9, 2)]}
-    tables |= {0: [(0.5, 1), (0.5, 1)], 3: [(0.1, 1), (0.1, 2), (0.1, 3), (0.2, 9)]}
-    for best, scores in tables.items():
-        history = [{"val_accuracy": accuracy, "val_loss": loss} for accuracy, loss in scores]
-        assert classify.validations_since_best(history) == len(scores) - 1 - best
+    scores = [(0.5, 1), (0.9, 3), (0.9, 2), (0.9, 2), (0.7, 1)]
+    history = [{"val_accuracy": accuracy, "val_loss": loss} for accuracy, loss in scores]
+    assert classify.validations_since_best(history) == 2
 
 
 @pytest.mark.filterwarnings("ignore:Using `torch.compile")
@@ -696,13 +655,11 @@ def test_compile_trains_through_graphs_and_saves_the_plain_model(finished, monke
 
 def test_without_output_a_run_is_in_checkpoint_and_an_earlier_one_is_moved_aside(finished):
     shutil.copytree(finished.output, "checkpoint")
-    Path("checkpoint", "own.txt").write_text("mine")
     flags = [*SMALL, *finished.argv, "--epochs", 1]
     assert os.path.join("checkpoint", "previous") in run(*flags).out
     for path in finished.output.iterdir():
         assert Path("checkpoint", "previous", path.name).read_bytes() == path.read_bytes()
-    assert len(rows("checkpoint")) == 1 and Path("checkpoint", "own.txt").exists()
-    run(*flags)
+    assert len(rows("checkpoint")) == 1 and run(*flags).code == 0
     assert len(rows("checkpoint/previous")) == 1  # one run back is kept
 
 
@@ -719,7 +676,6 @@ GOOD = {
 }
 REFUSED = {
     "missing": ({}, "pictures"),
-    "no folders": ({".": 3}, "train"),
     "one class": ({"a": 12}, "a"),
     "an empty class": ({"a": 12, "b": 0}, "b"),
     "too few to split": ({"a": 12, "b": 2, "c": 1}, "3 pictures.* b, c"),
@@ -729,8 +685,6 @@ REFUSED = {
     "a class called test": ({"a": 5, "b": 5, "test": 5}, "a, b"),
     "val twice": ({**T, "val/a": 1, "val/b": 1, "valid/a": 1, "valid/b": 1}, "valid"),
     "a class in train only": ({**T, "test/a": 5}, "test/b"),
-    "a class in test only": ({**T, "test/a": 1, "test/b": 1, "test/z": 1}, "train/z"),
-    "an empty class in test": ({**T, "test/a": 1, "test/b": 0}, "test.* b"),
     "parts in each class": ({"nut/train": 5, "nut/test": 5, "c/train": 5, "c/test": 5}, "test"),
 }
 REFUSED |= {"val is train": ({**T, "val": "train"}, "train, val")} if os.name == "posix" else {}
@@ -765,7 +719,7 @@ def test_what_is_left_out_or_may_not_be_the_classes_is_said_in_a_warning(capsys)
 
 def test_pictures_of_any_kind_enter_upright_as_rgb_white_where_they_are_transparent():
     photo = Image.fromarray(noise(7))
-    grey, few, bits = photo.convert("L"), photo.quantize(16), photo.convert("1")
+    grey, few = photo.convert("L"), photo.quantize(16)
     deep = Image.fromarray(np.asarray(grey, dtype=np.uint16) * 256 + 99)
     ink = np.indices((32, 32)).sum(0) % 3 > 0  # elsewhere the pictures below are transparent
     clear = Image.fromarray(np.dstack([noise(7), ink * np.uint8(255)]))
@@ -775,16 +729,13 @@ def test_pictures_of_any_kind_enter_upright_as_rgb_white_where_they_are_transpar
     index.putpalette([9, 9, 9, 0, 0, 0])
     wide = Image.new("RGB", (96, 32))
     wide.paste(photo, (32, 0))
-    turned = {"exif": b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\5\0\0\0\0\0\0\0"}
     files = [
-        ("print.tif", photo.convert("CMYK"), {}, photo),
         ("wide.PNG", wide, {}, photo),
-        ("turned.png", photo, turned, noise(7).transpose(1, 0, 2)),
+        ("turned.png", photo, {"exif": TURNED}, noise(7).transpose(1, 0, 2)),
         ("broken.png", photo, {"exif": b"Exif\0\0II*\0\xff\xff"}, photo),
         ("grey.png", grey, {}, grey),
         ("16 bits.png", deep, {}, grey),
         ("16 bits.tif", deep, {}, grey),
-        ("bits.png", bits, {}, bits),
         ("palette.gif", few, {}, few),
         ("alpha.png", clear, {}, np.where(ink[..., None], noise(7), 255)),
         ("alpha.webp", drawn, {"lossless": True}, black),
@@ -833,7 +784,6 @@ def test_undecodable_files_are_named_and_left_out_of_training_and_of_every_figur
     assert re.search("class b cannot be decoded .*jpg", error(run("--data", "pictures")))
 
 
-@linux
 def test_files_that_are_gone_end_a_run_at_once_and_it_goes_on_when_they_are_back(early):
     shutil.copytree(early.argv[1], "drive")
     flags = [*SMALL, "--data", "drive", "--epochs", 6, "--patience", 0]
@@ -842,9 +792,8 @@ def test_files_that_are_gone_end_a_run_at_once_and_it_goes_on_when_they_are_back
         process = start(*flags, "--workers", workers, "--output", f"out{workers}")
         assert until(lambda out=f"out{workers}": rows(out), process)
         os.rename("drive", "unplugged")
-        assert re.search(
-            r"drive.[a-z]+.[ab].\w+\.png cannot be read.*--resume", error(end(process))
-        )
+        told = error(end(process))
+        assert re.search(r"drive.[a-z]+.[ab].\w+\.png cannot be read.*--resume", told)
         os.rename("unplugged", "drive")
         assert run("--resume", "--output", f"out{workers}").code == 0
         assert_same_run(f"out{workers}", "whole")
@@ -852,14 +801,10 @@ def test_files_that_are_gone_end_a_run_at_once_and_it_goes_on_when_they_are_back
 
 def test_a_resumed_run_refuses_other_pictures_but_finds_the_same_ones_elsewhere(finished):
     shutil.copytree(finished.output, "out")
-    changes = {
-        "renamed": ("val/a/0.png", "val/a/new.png"),
-        "moved": ("train/a/0.png", "train/b/new.png"),
-        "gone": ("train/b/3.png", "train/b/3.txt"),
-        "added": ("notes.txt", "val/a/9.png"),
-        "same": ("notes.txt", "other.txt"),
-    }
-    for name, (old, new) in changes.items():
+    changes = {"renamed": ("val/a/0.png", "val/a/new.png"), "same": ("notes.txt", "other.txt")}
+    changes |= {"gone": ("train/b/3.png", "train/b/3.txt"), "added": ("notes.txt", "val/a/9.png")}
+    changes["moved"] = "train/a/0.png", "train/b/new.png"
+    for name, (old, new) in sorted(changes.items()):
         shutil.copytree(finished.argv[1], name)
         Path(name, "notes.txt").write_text("no picture")
         os.rename(Path(name, old), Path(name, new))
@@ -872,8 +817,8 @@ def test_a_resumed_run_refuses_other_pictures_but_finds_the_same_ones_elsewhere(
     assert "nowhere" in error(run("--resume", "--output", "nowhere"))
 
 
-@linux
 def test_twenty_thousand_classes_need_no_table_of_pictures_by_classes():
+    resource = pytest.importorskip("resource")  # not on Windows
     labels = torch.arange(60000) % 20000
     model = nn.Sequential(nn.Embedding(60000, 1), nn.Linear(1, 20000))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -885,9 +830,6 @@ def test_twenty_thousand_classes_need_no_table_of_pictures_by_classes():
 
 
 # ---- what cannot hurt it -------------------------------------------------------------------------
-
-
-@linux
 def test_killed_at_any_moment_a_resumed_run_ends_in_the_same_bits(early):
     flags = [*SMALL, *early.argv, "--patience", 0, "--epochs", 6]
     assert run(*flags, "--output", "whole").code == 0
@@ -908,7 +850,6 @@ def test_killed_at_any_moment_a_resumed_run_ends_in_the_same_bits(early):
     assert run("--resume", "--output", "one").code == 0 and len(rows("one")) == 1
 
 
-@linux
 def test_two_machines_train_restart_and_resume_as_promised_and_one_or_three_processes_go_on(early):
     flags = [*SMALL, *early.argv, "--patience", 0, "--validate-every", 1, "--epochs", 3]
     flags[flags.index("--batch-size") + 1] = 6
@@ -936,7 +877,6 @@ def test_two_machines_train_restart_and_resume_as_promised_and_one_or_three_proc
     assert "is now in" in end(other[0]).out and len(rows("first/out")) == 3  # begins anew
 
 
-@linux
 def test_ctrl_c_ends_a_run_with_130_and_one_line_that_names_resume(early):
     process = start(*SMALL, *early.argv, "--patience", 0, "--output", "out")
     assert until(rows, process)
@@ -945,8 +885,8 @@ def test_ctrl_c_ends_a_run_with_130_and_one_line_that_names_resume(early):
     assert "--resume" in error(result, code=130) and len(result.err.splitlines()) == 1
 
 
-@linux
 def test_a_full_disk_is_an_error_and_a_log_that_cannot_be_written_a_warning(finished):
+    resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 20, before[1]))  # last.pth has 134 MB
     result = run(*SMALL, *finished.argv, "--output", "out")
@@ -962,12 +902,11 @@ def test_a_damaged_foreign_or_malicious_checkpoint_is_an_error(finished):
     shutil.copytree(finished.output, "out")
     Image.fromarray(noise(0)).save("photo.png")
     for name, use in (("best_model.pth", ["--predict", "photo.png"]), ("last.pth", ["--resume"])):
-        content = Path("out", name).read_bytes()
-        flipped, plain = bytearray(content), io.BytesIO()
-        flipped[len(content) // 3] ^= 1
+        content, plain = Path("out", name).read_bytes(), io.BytesIO()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         torch.save(load(Path("out", name))[1], plain)
-        half = content[: len(content) // 2]
-        for bad in (b"", b"some text", half, bytes(flipped), plain.getvalue(), EVIL):
+        for bad in (b"", b"some text", content[:middle], flipped, plain.getvalue(), EVIL):
             Path("out", name).write_bytes(bad)
             assert name in error(run(*use, "--output", "out"))
     assert not Path("executed").exists()
@@ -990,8 +929,6 @@ def test_a_last_batch_of_one_picture_and_fewer_pictures_than_a_batch_train():
 
 
 # ---- for those who copy from it ------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("side", [16, 32, 33])
 def test_outputs_and_gradients_are_those_of_torchvision(side):
     ours = classify.build_model(3, "none").double()
@@ -1005,8 +942,6 @@ def test_outputs_and_gradients_are_those_of_torchvision(side):
         nn.functional.cross_entropy(output, torch.tensor([0, 1, 2, 0])).backward()
         results.append([output, *(p.grad for p in model.parameters()), *model.buffers()])
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-8)
-    with pytest.raises(ValueError):
-        classify.build_model(3, "some")
 
 
 def test_the_loops_can_be_lifted_out_alone_and_do_what_plain_ones_do():
@@ -1036,9 +971,6 @@ def test_the_loops_can_be_lifted_out_alone_and_do_what_plain_ones_do():
     assert torch.equal(true, labels) and torch.equal(predictions, logits.argmax(1))
     assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     torch.testing.assert_close(confidences, logits.softmax(1).amax(1))
-    model.register_forward_hook(lambda *call: losses.append(call[2].dtype))
-    space["train_one_epoch"](model, batches, criterion, optimizer, scheduler, bfloat16=True)
-    assert losses[-1] == torch.bfloat16 and model[2].weight.dtype == torch.float32
 
 
 def edits():
@@ -1050,40 +982,27 @@ def edits():
     return [[pair for pair in pairs if "read_data" not in pair[0]], *alone]
 
 
-def edited(changes):
-    """Return the program with some lines replaced."""
+@pytest.mark.parametrize("changes", edits())
+def test_each_edit_of_the_readme_is_one_place_and_runs(changes):
     source = Path(classify.__file__).read_text("utf-8")
     for old, new in changes:
         assert source.count(old) == 1, f"not in one place: {old}"
         source = source.replace(old, new)
     Path("edited.py").write_text(source, "utf-8")
     image = torch.zeros(3, 40, 40, dtype=torch.uint8)
-    names = {"MyDataset": lambda: [(image + 9 * index, index % 2) for index in range(24)]}
-    return SimpleNamespace(**runpy.run_path("edited.py", names))
-
-
-@pytest.mark.parametrize("changes", edits())
-def test_each_edit_of_the_readme_is_one_place_and_runs(changes):
-    program = edited(changes)
+    mine = [(image + 9 * index, index % 2) for index in range(24)]
+    program = SimpleNamespace(**runpy.run_path("edited.py", {"MyDataset": lambda: mine}))
     paint({"a": 10, "b": 10}, "PICTURES")
     result = run(*SMALL, "--data", "PICTURES", "--output", "out", program=program)
     assert result.code == 0 and "test accuracy" in result.out, result
     assert run("--predict", "PICTURES", "--output", "out", program=program).code == 0
 
 
-def test_the_readme_and_help_name_the_same_flags():
-    helped = set(re.findall(r"--[a-z-]+", classify.make_parser().format_help())) - {"--help"}
-    table = "".join(re.findall(r"^\| `--.*?\|", README, re.M))
-    assert helped == set(re.findall("--[a-z-]+", table))
-
-
 def test_the_readmes_way_to_use_the_weights_elsewhere_says_what_predict_says(finished):
     [code] = [c for c in re.findall(r"```python\n(.*?)```", README, re.S) if "load_state_dict" in c]
     shutil.copytree(finished.output, "checkpoint")
-    turned = Image.Exif()
-    turned[274] = 6
-    clear = Image.fromarray(np.dstack([noise(3, side=90), noise(4, side=90)[..., :1]]))
-    for image, exif in ((Image.fromarray(noise(2, side=200)[:150]), turned), (clear, None)):
+    clear = Image.fromarray(np.dstack([noise(3, side=90), noise(4, side=90)[..., :1]])[:70])
+    for image, exif in ((Image.fromarray(noise(2, side=200)[:150]), TURNED), (clear, b"")):
         image.save("photo.png", exif=exif)
         space = {}
         with contextlib.redirect_stdout(io.StringIO()):
