@@ -442,7 +442,9 @@ def split_off_missing(labels, parts, classes, source):
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 PARTS |= {"val": "val", "valid": "val", "validation": "val"}
 NO_DATA = "__MACOSX|@eaDir|Thumbs.db|desktop.ini|$RECYCLE.BIN|System Volume Information".split("|")
-LAYOUTS = "give 2 classes or more, as DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg (and val, test)"
+LAYOUTS = (
+    "use 2 classes or more, not named train, val, test: DIR/CLASS/*.jpg or DIR/train/CLASS/*.jpg"
+)
 
 
 def read_folder(root, size, output):
@@ -514,7 +516,7 @@ def check_layout(root, tops, named, inner):
     if len(parts) < len(named) or len(real) < len(named):
         odd = named
     if odd or len(classes) < 2:
-        stop(f"{root}: {some(odd or classes)}: missing, alone, twice, or out of place; {LAYOUTS}")
+        stop(f"{root}: {some(odd or classes)} is missing, alone, double or misplaced; {LAYOUTS}")
     if common:
         warn(f"each of {some(classes)} holds {some(common)}: which of them are the classes?")
 
