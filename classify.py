@@ -442,9 +442,7 @@ def split_off_missing(labels, parts, classes, source):
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 PARTS |= {"val": "val", "valid": "val", "validation": "val"}
 NO_DATA = "__MACOSX|@eaDir|Thumbs.db|desktop.ini|$RECYCLE.BIN|System Volume Information".split("|")
-LAYOUTS = (
-    "use 2 classes or more, not named train, val, test: DIR/CLASS/*.jpg or DIR/train/CLASS/*.jpg"
-)
+LAYOUTS = "use 2+ classes, none named train, val or test: DIR/CLASS/*.jpg, DIR/train/CLASS/*.jpg"
 
 
 def read_folder(root, size, output):
