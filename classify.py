@@ -39,9 +39,8 @@ from torchvision.transforms import v2
 
 # ---- 1. data -------------------------------------------------------------------------------------
 
-# the label of a picture that cannot be decoded; cross entropy leaves it out (its ignore_index)
-UNDECODABLE = -100
-PRIME = 2**31 - 1  # shares no factor with the number of pictures, so steps of it reach each one
+UNDECODABLE = -100  # the label of a picture that cannot be decoded: cross entropy skips it
+PRIME = 2**31 - 1  # the step to another picture in place of such a one: prime, it reaches them all
 
 
 class PictureFiles(Dataset):
@@ -53,7 +52,7 @@ class PictureFiles(Dataset):
     """
 
     def __init__(self, paths, labels, size, replace=False):
-        # one array of bytes, which all loader processes share; a list would be copied into each
+        # one array, whose memory all loader processes share; a list would be copied bit by bit
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
         self.size = size
@@ -64,8 +63,9 @@ class PictureFiles(Dataset):
 
     def __getitem__(self, index):
         """Return a picture, uint8 3×S×S, and its label. Raises OSError if the file is gone."""
+        # nearly always a single attempt; with `replace`, others until a picture can be decoded
         for attempt in range(len(self) if self.replace else 1):
-            place = (index + attempt * PRIME) % len(self)  # no neighbour: it may be damaged, too
+            place = (index + attempt * PRIME) % len(self)  # far away: neighbours are damaged, too
             path = os.fsdecode(self.paths[place])
             try:
                 picture = open_picture(path, self.size)
@@ -85,7 +85,7 @@ def make_augmentation(size, mirror):
 
 
 def prepare_batches(loader, device, size, augment=None):
-    """Yield a loader's batches as the network takes them: images, float B×3×S×S, labels, int64 B.
+    """Yield pairs (images, labels) for the network: images, float B×3×S×S, and labels, int64 B.
 
     With `augment`, as in training, the images are changed at random first.
     """
@@ -93,11 +93,11 @@ def prepare_batches(loader, device, size, augment=None):
     # mean and deviation of the pictures that the ImageNet weights were trained with
     normalize = v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     for images, labels in show_progress(loader):
-        # channels_last (another order in memory) and non_blocking make it faster, no more
+        # channels_last (another order in memory) and non_blocking are there for speed alone
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-        # CIFAR-10 comes as 32×32; picture files already have this size
+        # for sets in memory, like CIFAR-10; does nothing to picture files, which have this size
         images = v2.functional.resize(images, [size, size], v2.InterpolationMode.BICUBIC)
-        if augment:  # a transform draws once a call: here for 16 images, as one by one is slow
+        if augment:  # a call makes one random choice for all it is given: 16, as singly is slow
             images = torch.cat([augment(group) for group in images.split(16)])
         yield normalize(to_float(images)), labels.to(device, non_blocking=True)
 
@@ -109,7 +109,7 @@ def build_model(num_classes, weights, freeze=False):
     """Return a ResNet18 that gives B×num_classes logits for normalised images, float B×3×S×S.
 
     weights: "imagenet" for torchvision's, from its cache or downloaded, or "none" for random ones.
-    Its `state_dict` is torchvision's, key for key. Raises ValueError for other weights.
+    Its `state_dict` fits a plain torchvision ResNet18. Raises ValueError for other weights.
     """
     if weights not in ("imagenet", "none"):
         raise ValueError(f'weights are "imagenet" or "none", not {weights!r}')
@@ -118,9 +118,9 @@ def build_model(num_classes, weights, freeze=False):
         imagenet = models.ResNet18_Weights.IMAGENET1K_V1
         model.load_state_dict(imagenet.get_state_dict(check_hash=True, weights_only=True))
     if freeze:
-        model.requires_grad_(False)
+        model.requires_grad_(False)  # no gradients: these weights stay as they are
     model.fc = nn.Linear(model.fc.in_features, num_classes)  # the head; new, so never frozen
-    skip_taps_on_padding(model)  # faster: weights that meet nothing but padding are left out
+    skip_taps_on_padding(model)  # faster, same results: skips multiplying zeros; pass over it
     return model.to(memory_format=torch.channels_last)  # faster: another order in memory
 
 
@@ -135,8 +135,8 @@ def train_one_epoch(model, batches, criterion, optimizer, scheduler, bfloat16=Fa
     """
     model.train()
     for layer in model.modules():
-        # batch-norm gathers mean and variance of what it sees, even where its weights are frozen;
-        # eval() keeps it from that
+        # in training, batch-norm updates its mean and variance, even where its weights are frozen;
+        # eval() stops that (affine: it has weights)
         if isinstance(layer, nn.BatchNorm2d) and layer.affine and not layer.weight.requires_grad:
             layer.eval()
     total_loss = 0.0
@@ -149,7 +149,7 @@ def train_one_epoch(model, batches, criterion, optimizer, scheduler, bfloat16=Fa
         loss.backward()  # compute the gradient of the loss for each weight
         optimizer.step()  # change each weight a little, so that the loss falls
         scheduler.step()  # set the learning rate of the next batch
-        total_loss += loss.detach() * len(labels)  # no .item(): it would wait for the GPU
+        total_loss += loss.detach() * len(labels)  # (.item() would wait for the GPU)
         count += len(labels)
     return float(total_loss / count)
 
@@ -172,8 +172,9 @@ def evaluate(model, batches):
         total_loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
         probabilities = logits.softmax(dim=1)
         confidences, predictions = probabilities.max(dim=1)  # the largest value, and its place
-        # a row of plain numbers for each picture: many small tensors would keep memory from reuse
+        # a row of plain numbers for each picture (lists of small tensors waste memory)
         results += zip(labels.tolist(), predictions.tolist(), confidences.tolist())
+    # from rows to columns
     labels, predictions, confidences = (torch.tensor(column) for column in zip(*results))
     return float(total_loss / (labels >= 0).sum()), labels, predictions, confidences
 
@@ -186,35 +187,35 @@ def main(argv=None):
     # Normally there is one process, and rank is 0. torchrun starts several that share the work:
     # on_process_0(f, x) means that process 0 calls f(x), and all get the result.
     rank, processes = join_processes()
-    flags, saved = on_process_0(parse_args, argv)  # saved: with --resume, the run to go on with
+    flags, saved = on_process_0(parse_args, argv)  # saved: last.pth with --resume, else None
     device = torch.device("cuda" if torch.cuda.is_available() and flags.device != "cpu" else "cpu")
     if flags.predict:
         return predict(flags, device) if rank == 0 else None
 
     # 1. data: three sets that share no picture, and a DataLoader for each; only training shuffles
     data = on_process_0(read_data, flags, saved)
-    args = on_process_0(choose_defaults, flags, data, device, processes)  # flags, all chosen now
+    args = on_process_0(choose_defaults, flags, data, device, processes)  # flags, none left out
     train_loader, val_loader, test_loader = make_loaders(data, args, device, rank, processes)
     augment = make_augmentation(args.image_size, args.mirror)
     # 2. model
     torch.manual_seed(args.seed)
-    weights = "none" if saved or rank > 0 else args.weights  # these get theirs below
+    weights = "none" if saved or rank > 0 else args.weights  # else overwritten below
     model = build_model(len(data.classes), weights, args.freeze).to(device)
-    # the wrapper hands out the weights of process 0, and averages the gradients of all in backward.
-    # Train through it; evaluate and save `model`, which has the same weights
+    # DistributedDataParallel copies the weights of process 0 to all, and backward then averages the
+    # gradients of all. Train through it; evaluate and save `model`, which has the same weights
     parallel_model = DistributedDataParallel(model) if processes > 1 else model
-    if args.compile:  # faster; not dynamic: each size of batch is compiled by itself
+    if args.compile:  # faster; compiled anew for each size of batch, which two runs do alike
         parallel_model = torch.compile(parallel_model, dynamic=False)
     # 3. loss: cross entropy; 0.1 of a label is spread over all classes, against being too sure
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     # 4. optimizer: AdamW is Adam that in each step also shrinks each weight by 0.2 × the learning
     # rate. The rate is scheduled: it rises to --lr for three tenths of the run, then falls to 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.2, fused=True)
-    steps = args.epochs * len(train_loader) + 1  # one more than are taken: the last is nearly 0
+    steps = args.epochs * len(train_loader) + 1  # + 1: the rate after the last batch, not used
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
 
-    # --resume: weights, optimizer and history as after the last saved epoch, and today's schedule
-    # (--epochs may have changed it) at that place. A new run has an empty history, and a new id
+    # --resume: take weights, optimizer and history from the last saved epoch, plan the rates for
+    # today's --epochs, and go on from there. In a new run the history is empty, and the id new
     history, run_id = resume(saved, model, optimizer, scheduler, len(train_loader))
     output = Path(args.output)
     if rank == 0:
@@ -225,13 +226,13 @@ def main(argv=None):
     bf16 = has_native_bfloat16(device)  # mixed precision: faster, where the processor has it
     done = history[-1]["epoch"] if history else 0
     for epoch in range(done + 1, args.epochs + 1):
-        # early stop: --patience validations in a row were no better than the best one (0: never)
+        # early stop: the last --patience validations brought no new best one (0: never)
         if 0 < args.patience <= validations_since_best(history):
             if rank == 0:
                 print(f"no better in {args.patience} validations; --resume --patience 0 goes on")
             break
-        train_loader.sampler.set_epoch(hash((args.seed, epoch)))  # shuffle: another order
-        torch.manual_seed(hash((args.seed, epoch, rank)))  # so a resumed epoch is the same
+        train_loader.sampler.set_epoch(hash((args.seed, epoch)))  # shuffle anew
+        torch.manual_seed(hash((args.seed, epoch, rank)))  # a resumed epoch draws the same
         start = time.perf_counter()
         batches = prepare_batches(train_loader, device, args.image_size, augment)
         train_loss = train_one_epoch(parallel_model, batches, criterion, optimizer, scheduler, bf16)
@@ -251,26 +252,26 @@ def main(argv=None):
             "seconds": time.perf_counter() - start,
         }
         history.append(row)
-        is_best = validations_since_best(history) == 0  # by accuracy; if equal, by loss
+        is_best = validations_since_best(history) == 0  # highest accuracy; if equal, lowest loss
         about = {"classes": data.classes, "image_size": args.image_size, "run_id": run_id}
         checkpoint = {"model": model.state_dict(), **about, **row}
         to_resume = {
             "optimizer": optimizer.state_dict(),
             "history": history,
-            # as typed: a resumed run chooses the rest anew, but keeps its data and weights
+            # what was typed, plus data and weights: a resumed run chooses the rest anew
             "flags": {**vars(flags), "data": data.name, "weights": args.weights},
             "fingerprint": data.fingerprint,  # shows whether the pictures are still the same
         }
         if rank == 0:
             if not np.isfinite(train_loss + val_loss):
-                stop("the loss is no number: lower --lr, or give pictures that can be decoded")
+                stop("the loss is not finite: lower --lr, or give pictures that can be decoded")
             save(output / "last.pth", {**checkpoint, **to_resume})
             if is_best:
                 save(output / "best_model.pth", checkpoint)
             write_log(output / "log.csv", history)
             print(describe_epoch(row, args.epochs, is_best), flush=True)
 
-    # 6. evaluation, by the best model of this run: the test pictures are used here, and only here
+    # 6. evaluation, by the best model (of this run: run_id): test pictures are used here alone
     best_checkpoint = on_process_0(load_best, output, history, run_id)
     model.load_state_dict(best_checkpoint["model"])
     batches = prepare_batches(test_loader, device, args.image_size)
@@ -278,7 +279,7 @@ def main(argv=None):
     if rank == 0:
         print(*report(labels, predictions, data.classes), sep="\n", flush=True)
         draw_mistakes(output, data, labels, predictions, confidences)
-        print(f"next: --predict PICTURE, or --resume --epochs N, and --output {output}", flush=True)
+        print(f"next, with --output {output}: --predict PICTURE or --resume --epochs N", flush=True)
     if processes > 1:
         dist.destroy_process_group()
 

@@ -24,7 +24,6 @@ import sys
 import tarfile
 import tempfile
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,7 +45,6 @@ SMALL = "--image-size 32 --batch-size 8 --epochs 1 --weights none --device cpu -
 TURNED = b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\5\0\0\0\0\0\0\0"  # orientation 5
 
 
-# ---- helpers -------------------------------------------------------------------------------------
 @pytest.fixture(scope="session", autouse=True)
 def offline():
     """Nothing comes from a network or from this machine's cache of weights."""
@@ -155,9 +153,7 @@ def torchrun(count, *argv, cwd=None, run_id="test", restarts=0):
 
 
 def until(happened, process):
-    deadline = time.monotonic() + 240
     while process.is_alive() and not happened():
-        assert time.monotonic() < deadline, "it never happened"
         process.join(0.002)
     return happened()
 
@@ -176,8 +172,8 @@ def paint(counts, root="pictures"):
     for name, count in counts.items():
         path = Path(root, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.symlink_to(count) if isinstance(count, str) else path.mkdir(exist_ok=True)
-        for number in range(count if isinstance(count, int) else 0):
+        path.mkdir(exist_ok=True)
+        for number in range(count):
             Image.fromarray(noise(*path.name.encode(), number)).save(path / f"{number}.png")
 
 
@@ -237,12 +233,11 @@ def plain_logits(state, arrays):
 
 
 def assert_row(row, state, arrays, labels):
-    """Check a row's validation figures against those weights and these pictures, by NumPy."""
-    logits = plain_logits(state, arrays).double().numpy()
-    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    assert row["val_accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
-    loss = -np.log(shares[np.arange(len(labels)), labels]).mean()
-    assert row["val_loss"] == pytest.approx(loss, rel=1e-3)
+    """Check a row's validation figures against those weights and these pictures."""
+    logits, labels = plain_logits(state, arrays), torch.as_tensor(labels)
+    assert row["val_accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean())
+    loss = nn.functional.cross_entropy(logits, labels)
+    assert row["val_loss"] == pytest.approx(loss.item(), rel=1e-3)
 
 
 # ---- a run on a folder, followed by hand ---------------------------------------------------------
@@ -387,8 +382,8 @@ def test_mistakes_and_predictions_are_those_of_the_best_weights(followed):
     for number, place in enumerate(wrong):
         tile = Image.new("RGB", (200, 240))
         tile.paste(Image.fromarray(followed.pictures[files[place]]).resize((192, 192)))
-        guess = CLASSES[shares[place].argmax()]
-        words = f"{CLASSES[labels[place]]}\n-> {guess} {shares[place].max():.0%}"
+        true, guess = CLASSES[labels[place]], CLASSES[shares[place].argmax()]
+        words = f"{true}\n-> {guess} {shares[place].max():.0%}"
         ImageDraw.Draw(tile).text((0, 194), words, "white", ImageFont.load_default(13))
         assert np.array_equal(sheet[:240, 200 * number : 200 * (number + 1)], np.asarray(tile))
     paths = [str(followed.root / file) for file in files]
@@ -466,7 +461,7 @@ def cifar(folder, monkeypatch):
 
 @pytest.mark.parametrize("name, size", [("cifar10", 32), ("cifar100", 20)])
 def test_a_set_by_name_is_downloaded_once_and_its_pictures_get_to_the_network(cifar, name, size):
-    result = train("--data", name, "--no-mirror", "--batch-size", 32, "--image-size", size)
+    result = train("--data", name, "--no-mirror", "--batch-size", 99, "--image-size", size)
     assert result.code == 0 and "54 train, 6 val, 9 test" in result.out
     parts = split({label: range(label, 60, 3) for label in range(3)}, missing=["val"])
     val = sorted(parts["val"])
@@ -528,9 +523,9 @@ UNUSABLE += [] if torch.cuda.is_available() else ["--device cuda"]
 
 @pytest.fixture(scope="module")
 def finished():
-    """A run of three epochs on DIR/train|val|test/CLASS: 24, 9 and 12 pictures of noise."""
+    """A run of three epochs on DIR/train|val|test/CLASS: 25, 9 and 12 pictures of noise."""
     with tempfile.TemporaryDirectory() as name:
-        counts = {"train/a": 12, "train/b": 12, "val/a": 4, "val/b": 5, "test/a": 6, "test/b": 6}
+        counts = {"train/a": 12, "train/b": 13, "val/a": 4, "val/b": 5, "test/a": 6, "test/b": 6}
         paint(counts, Path(name, "pictures"))
         argv = "--data", Path(name, "pictures"), "--epochs", 3, "--patience", 0
         yield train(*argv, output=Path(name, "out"))
@@ -568,9 +563,8 @@ def test_what_is_left_unsaid_is_chosen_as_the_readme_says():
     assert sizes == [8, 8, 14, 80, 128, 128]
     assert [chosen(count, processes=3).batch_size for count in (20, 50000)] == [6, 126]
     assert chosen(20, processes=8).batch_size == 16
-    for count, size in ((5, 9), (50, 10), (50, 3)):  # which three processes cannot share
-        with pytest.raises(SystemExit, match="error: each of 3 processes"):
-            chosen(count, "--batch-size", size, processes=3)
+    with pytest.raises(SystemExit, match="error: each of 3 processes"):
+        chosen(50, "--batch-size", 10, processes=3)
     rates = [chosen(9), chosen(9, weights="imagenet"), chosen(9, "--freeze", weights="imagenet")]
     assert [args.lr for args in rates] == [0.003, 0.001, 0.01]
     for epochs, every, patience in ((10, 1, 9), (20, 1, 18), (60, 1, 53), (9, 2, 4)):
@@ -644,18 +638,8 @@ def test_the_best_has_the_highest_accuracy_of_equals_the_lower_loss_of_equals_th
     assert classify.validations_since_best(history) == 2
 
 
-@pytest.mark.filterwarnings("ignore:Using `torch.compile")
-def test_compile_trains_through_graphs_and_saves_the_plain_model(finished, monkeypatch):
-    quick = functools.partial(torch.compile, backend="eager")  # the usual one takes half a minute
-    monkeypatch.setattr(torch, "compile", quick)
-    torch._dynamo.utils.counters.clear()
-    assert run(*SMALL, *finished.argv, "--compile", "--output", "out").code == 0
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    torch._dynamo.reset()
-    assert_same_run("out", finished.output)
-
-
 def test_without_output_a_run_is_in_checkpoint_and_an_earlier_one_is_moved_aside(finished):
+    assert [len(images) for images in finished.trained] == [8] * 9  # a single last one is no batch
     shutil.copytree(finished.output, "checkpoint")
     flags = [*SMALL, *finished.argv, "--epochs", 1]
     assert os.path.join("checkpoint", "previous") in run(*flags).out
@@ -670,12 +654,8 @@ def test_without_output_a_run_is_in_checkpoint_and_an_earlier_one_is_moved_aside
 T = {"train/a": 5, "train/b": 5}
 GOOD = {
     "classes": ({"a": 16, "b": 14}, [24, 3, 3]),
-    "parts": ({**T, "val/a": 1, "val/b": 1, "test/a": 1, "test/b": 2}, [10, 2, 3]),
+    "parts": ({**T, "test/a": 1, "test/b": 2, "validation/a": 1, "validation/b": 1}, [10, 2, 3]),
     "other names": ({"Training/a": 3, "Training/b": 2, "VALID/a": 1, "VALID/b": 1}, [3, 2, 2]),
-    "more names": (
-        {**T, "testing/a": 1, "testing/b": 1, "validation/a": 1, "validation/b": 1},
-        [10, 2, 2],
-    ),
     "any depth": ({"a/x/y": 5, "a/z": 5, "b": 10}, [16, 2, 2]),
     "hidden": ({"a": 5, "b": 5, ".git": 3, "$RECYCLE.BIN/x": 3, "a/@eaDir/x": 3}, [6, 2, 2]),
     "output": ({"a": 5, "b": 5, "runs/out/c": 3}, [6, 2, 2]),
@@ -693,7 +673,6 @@ REFUSED = {
     "a class in train only": ({**T, "test/a": 5}, "test/b"),
     "parts in each class": ({"nut/Train": 5, "nut/x": 5, "c/Train": 5, "c/y": 5}, "Train"),
 }
-REFUSED |= {"val is train": ({**T, "val": "train"}, "train, val")} if os.name == "posix" else {}
 
 
 @pytest.mark.parametrize("counts, sizes", GOOD.values(), ids=GOOD)
@@ -715,13 +694,12 @@ def test_unclear_layouts_are_refused_in_words_that_name_the_odd_folder(counts, n
 
 def test_what_is_left_out_or_may_not_be_the_classes_is_said_in_a_warning(capsys):
     paint({"training_set/cat": 5, "training_set/dog": 5, "test_set/cat": 5, "test_set/dog": 5})
-    names = "readme.md", "test_set/labels.csv", "test_set/cat/scan.heic", "loose.png", "Thumbs.db"
-    for name in names:
+    for name in ("readme.md", "test_set/x.csv", "test_set/cat/x.heic", "loose.png", "Thumbs.db"):
         Path("pictures", name).write_text("")
     assert read_data("--data", "pictures").classes == ["test_set", "training_set"]
     told = capsys.readouterr().err
     assert re.search("warning: .*test_set, training_set holds cat, dog: .*classes?", told)
-    assert ": loose.png, readme.md, test_set/cat/scan.heic, test_set/labels.csv" in told
+    assert ": loose.png, readme.md, test_set/cat/x.heic, test_set/x.csv" in told
 
 
 def test_pictures_of_any_kind_enter_upright_as_rgb_white_where_they_are_transparent():
@@ -804,14 +782,13 @@ def test_files_that_are_gone_end_a_run_at_once_and_it_goes_on_when_they_are_back
     shutil.copytree(early.argv[1], "drive")
     flags = [*SMALL, "--data", "drive", "--epochs", 6, "--patience", 0]
     assert run(*flags, "--output", "whole").code == 0
-    for workers in (0, 1):
-        process = start(*flags, "--workers", workers, "--output", f"out{workers}")
-        assert until(lambda out=f"out{workers}": rows(out), process)
-        os.rename("drive", "unplugged")
-        assert re.search(r"drive/.*/[ab]/.*png cannot be read.*--resume", error(end(process)))
-        os.rename("unplugged", "drive")
-        assert run("--resume", "--output", f"out{workers}").code == 0
-        assert_same_run(f"out{workers}", "whole")
+    process = start(*flags, "--workers", 1, "--output", "out")
+    assert until(rows, process)
+    os.rename("drive", "unplugged")
+    assert re.search(r"drive/.*/[ab]/.*png cannot be read.*--resume", error(end(process)))
+    os.rename("unplugged", "drive")
+    assert run("--resume", "--output", "out").code == 0
+    assert_same_run("out", "whole")
 
 
 def test_a_resumed_run_refuses_other_pictures_but_finds_the_same_ones_elsewhere(finished):
@@ -846,15 +823,17 @@ def test_twenty_thousand_classes_need_no_table_of_pictures_by_classes():
 
 
 # ---- what cannot hurt it -------------------------------------------------------------------------
-def test_killed_at_any_moment_a_resumed_run_ends_in_the_same_bits(early):
+def test_killed_or_interrupted_at_any_moment_a_resumed_run_ends_in_the_same_bits(early):
     flags = [*SMALL, *early.argv, "--patience", 0, "--epochs", 6]
     assert run(*flags, "--output", "whole").code == 0
     moments = [lambda: len(rows()) == 1, Path("out", "unfinished.tmp").exists]
     for happened in [*moments, lambda: len(rows()) == 2]:
         process = start(*flags, "--workers", 1, "--output", "out")
         assert until(happened, process)
-        process.kill()
-        process.join()
+        os.kill(process.pid, signal.SIGKILL if happened is moments[1] else signal.SIGINT)
+        result = end(process)
+        if result.code == 130:  # Ctrl-C
+            assert "--resume" in error(result, code=130) and "epoch " in result.out
         assert all(load(path) for path in Path("out").glob("*.pth"))
         assert len(list(Path("out").glob("*.tmp"))) <= 1
         flags = ["--resume"]
@@ -870,8 +849,7 @@ def test_two_machines_train_restart_and_resume_as_promised_and_one_or_three_proc
     flags = [*SMALL, *early.argv, "--patience", 0, "--validate-every", 1, "--epochs", 3]
     flags[flags.index("--batch-size") + 1] = 6
     machines = ["first", "second"]
-    for name in machines:
-        os.mkdir(name)
+    paint({"first": 0, "second": 0}, ".")
     whole = [end(x) for x in torchrun(2, *flags, "--output", "whole", cwd=machines)]
     assert [result.code for result in whole] == [0, 0] and "processes: 2" in whole[0].out
     assert whole[1].out == "" and whole[0].out.count("epoch 1/3") == 1
@@ -901,31 +879,7 @@ def test_two_processes_share_the_pictures_of_an_epoch_and_the_batch():
     assert sorted(sum(shares, [])) == list(range(50)) and loaders[0].batch_size == 4
 
 
-def test_ctrl_c_ends_a_run_with_130_and_one_line_that_names_resume(early):
-    process = start(*SMALL, *early.argv, "--patience", 0, "--output", "out")
-    assert until(rows, process)
-    assert "epoch " in process.files[0].read_text()  # told at once, though it is a file
-    os.kill(process.pid, signal.SIGINT)
-    result = end(process)
-    assert "--resume" in error(result, code=130) and len(result.err.splitlines()) == 1
-
-
-def test_a_full_disk_is_an_error_and_a_log_that_cannot_be_written_a_warning(finished):
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 20, before[1]))  # last.pth has 134 MB
-    result = run(*SMALL, *finished.argv, "--output", "out")
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "File too large" in error(result) and not Path("out", "last.pth").exists()
-    Path("out", "log.csv").symlink_to("nowhere/log.csv")
-    result = run(*SMALL, *finished.argv, "--epochs", 1, "--output", "out")
-    assert result.code == 0 and re.search("warning: cannot write .*log.csv", result.err)
-    assert load("out/last.pth")[0]["epoch"] == load("out/best_model.pth")[0]["epoch"] == 1
-
-
 class Evil:
-    """Makes a folder when it is read from a pickle."""
-
     def __reduce__(self):
         return os.mkdir, ("executed",)
 
@@ -945,20 +899,21 @@ def test_a_damaged_foreign_or_malicious_checkpoint_is_an_error(finished):
     assert not Path("executed").exists()
 
 
-def test_a_loss_that_is_no_number_is_an_error_that_keeps_what_is_saved(finished):
+def test_a_loss_that_is_no_number_or_a_full_disk_is_an_error_that_keeps_what_is_saved(finished):
+    resource = pytest.importorskip("resource")  # not on Windows
     shutil.copytree(finished.output, "out")
     before = Path("out", "last.pth").read_bytes()
     flags = "--resume", "--epochs", 4, "--output", "out"
     assert "--lr" in error(run(*flags, "--lr", "1e18"))
-    assert Path("out", "last.pth").read_bytes() == before
-    assert run(*flags, "--lr", "1e-3").code == 0 and len(rows()) == 4
-
-
-def test_a_last_batch_of_one_picture_and_fewer_pictures_than_a_batch_train():
-    paint({"train/a": 5, "train/b": 4, "val/a": 1, "val/b": 1, "test/a": 1, "test/b": 1})
-    for batch, sizes in ((8, [8]), (128, [9])):
-        result = train("--data", "pictures", "--batch-size", batch)
-        assert result.code == 0 and [len(images) for images in result.trained] == sizes
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 20, limit[1]))  # last.pth has 134 MB
+    full = run(*flags)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "File too large" in error(full) and Path("out", "last.pth").read_bytes() == before
+    os.remove("out/log.csv")
+    Path("out", "log.csv").symlink_to("nowhere/log.csv")  # as if a spreadsheet held it open
+    result = run(*flags, "--lr", "1e-3")
+    assert re.search("warning: cannot write .*log.csv", result.err) and "test acc" in result.out
 
 
 # ---- for those who copy from it ------------------------------------------------------------------
