@@ -40,7 +40,7 @@ from torchvision.transforms import v2
 # ---- 1. data -------------------------------------------------------------------------------------
 
 UNDECODABLE = -100  # the label of a picture that cannot be decoded: cross entropy skips it
-PRIME = 2**31 - 1  # the step to another picture in place of such a one: prime, it reaches them all
+PRIME = 2**31 - 1  # so far away is the picture that replaces it; jumps of a prime reach them all
 
 
 class PictureFiles(Dataset):
@@ -52,7 +52,7 @@ class PictureFiles(Dataset):
     """
 
     def __init__(self, paths, labels, size, replace=False):
-        # one array, whose memory all loader processes share; a list would be copied bit by bit
+        # one array, whose memory loader processes share; a list they would slowly copy
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
         self.size = size
@@ -97,7 +97,7 @@ def prepare_batches(loader, device, size, augment=None):
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         # for sets in memory, like CIFAR-10; does nothing to picture files, which have this size
         images = v2.functional.resize(images, [size, size], v2.InterpolationMode.BICUBIC)
-        if augment:  # a call makes one random choice for all it is given: 16, as singly is slow
+        if augment:  # a call changes all its images alike; one call for each would be slow
             images = torch.cat([augment(group) for group in images.split(16)])
         yield normalize(to_float(images)), labels.to(device, non_blocking=True)
 
@@ -199,19 +199,19 @@ def main(argv=None):
     augment = make_augmentation(args.image_size, args.mirror)
     # 2. model
     torch.manual_seed(args.seed)
-    weights = "none" if saved or rank > 0 else args.weights  # else overwritten below
+    weights = "none" if saved or rank > 0 else args.weights  # "none": overwritten below
     model = build_model(len(data.classes), weights, args.freeze).to(device)
     # DistributedDataParallel copies the weights of process 0 to all, and backward then averages the
     # gradients of all. Train through it; evaluate and save `model`, which has the same weights
     parallel_model = DistributedDataParallel(model) if processes > 1 else model
-    if args.compile:  # faster; compiled anew for each size of batch, which two runs do alike
+    if args.compile:  # faster; not dynamic, so that the same run gives the same numbers
         parallel_model = torch.compile(parallel_model, dynamic=False)
     # 3. loss: cross entropy; 0.1 of a label is spread over all classes, against being too sure
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     # 4. optimizer: AdamW is Adam that in each step also shrinks each weight by 0.2 × the learning
     # rate. The rate is scheduled: it rises to --lr for three tenths of the run, then falls to 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.2, fused=True)
-    steps = args.epochs * len(train_loader) + 1  # + 1: the rate after the last batch, not used
+    steps = args.epochs * len(train_loader) + 1  # + 1: the last step() asks for one more
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
 
     # --resume: take weights, optimizer and history from the last saved epoch, plan the rates for
@@ -258,7 +258,7 @@ def main(argv=None):
         to_resume = {
             "optimizer": optimizer.state_dict(),
             "history": history,
-            # what was typed, plus data and weights: a resumed run chooses the rest anew
+            # flags as typed, not args: a resumed run chooses anew, but for its data and weights
             "flags": {**vars(flags), "data": data.name, "weights": args.weights},
             "fingerprint": data.fingerprint,  # shows whether the pictures are still the same
         }
