@@ -409,7 +409,7 @@ def draw_digits(count, seed):
     targets = np.arange(count) % 10
     data = np.zeros((count, 32, 32, 3), dtype=np.uint8)
     for index, label in enumerate(targets):
-        picture = Image.new("RGB", (32, 32), "white")
+        picture = Image.fromarray(rng.integers(156, 256, (32, 32, 3), dtype=np.uint8))
         font = ImageFont.load_default(rng.integers(18, 29))
         ImageDraw.Draw(picture).text(rng.uniform(13, 19, 2), str(label), "black", font, anchor="mm")
         data[index] = picture.rotate(rng.uniform(-20, 20), fillcolor="white")
