@@ -229,7 +229,7 @@ def main(argv=None):
         # early stop: the last --patience validations brought no new best one (0: never)
         if 0 < args.patience <= validations_since_best(history):
             if rank == 0:
-                print(f"no better in {args.patience} validations; --resume --patience 0 goes on")
+                print(f"no new best in {args.patience} validations; --resume --patience 0 goes on")
             break
         train_loader.sampler.set_epoch(hash((args.seed, epoch)))  # shuffle anew
         torch.manual_seed(hash((args.seed, epoch, rank)))  # a resumed epoch draws the same
@@ -279,7 +279,7 @@ def main(argv=None):
     if rank == 0:
         print(*report(labels, predictions, data.classes), sep="\n", flush=True)
         draw_mistakes(output, data, labels, predictions, confidences)
-        print(f"next, with --output {output}: --predict PICTURE or --resume --epochs N", flush=True)
+        print(f"next: classify.py --output {output} --predict PICTURE, or --resume --epochs N")
     if processes > 1:
         dist.destroy_process_group()
 
@@ -340,7 +340,7 @@ def parse_args(argv):
         flags = parser.parse_args(argv)
         for name in ("weights", "freeze", "image_size"):
             if getattr(flags, name) not in ("auto", own[name]):
-                parser.error(f"the run has {name} {own[name]}; it cannot be changed by --resume")
+                parser.error(f"--{name.replace('_', '-')} is the run's own: {own[name]}")
         flags.weights = own["weights"]
         if flags.epochs < saved["epoch"]:
             parser.error(f"--epochs: {saved['epoch']} are done; give as many or more")
@@ -371,7 +371,7 @@ def read_data(flags, saved):
     else:
         data = read_folder(flags.data, flags.image_size, flags.output)
     if saved and saved["fingerprint"] != data.fingerprint:
-        stop(f"{data.name}: not the pictures that the run began with; bring those, or start anew")
+        stop(f"{data.name}: files were added, renamed, moved or lost since the run began")
     return data
 
 
@@ -468,7 +468,7 @@ def read_folder(root, size, output):
     paths, names, parts = zip(*found)
     left_out = [path for path in set(files) - set(paths) if not path.endswith("/")]
     if left_out:
-        warn(f"{len(left_out)} files are left out, no pictures or in no class: {some(left_out)}")
+        warn(f"left out, no picture or in no class ({len(left_out)} in all): {some(left_out)}")
     classes, labels = np.unique(names, return_inverse=True)
     split = split_off_missing(labels, np.array(parts), classes.tolist(), root)
     full_paths = np.array([os.fsencode(os.path.join(root, path)) for path in paths])
@@ -550,7 +550,7 @@ def open_picture(path, size):
     try:
         file = io.BytesIO(Path(path).read_bytes())
     except OSError as error:
-        raise OSError(f"{path} cannot be read: {error.strerror}; mend it, then --resume") from error
+        raise OSError(f"{path} cannot be read: {error.strerror} (then: --resume)") from error
     try:
         picture = Image.open(file, formats=FORMATS)
         picture.draft("RGB", (size, size))  # faster: a large JPEG is decoded at a half or less
@@ -590,7 +590,7 @@ def choose_defaults(flags, data, device, processes):
             warn(f"{problem}\n\n    STARTING FROM RANDOM WEIGHTS, which need more pictures\n")
             args.weights = "none"
     if args.freeze and args.weights == "none":
-        stop("--freeze would keep random weights as they are; leave it out")
+        stop("--freeze needs the ImageNet weights, for it would keep random ones; leave it out")
     if args.mirror is None:
         args.mirror = data.name != "digits"
     if args.batch_size is None:  # of few pictures so many that an epoch has some fifty steps
@@ -865,7 +865,7 @@ def predict(flags, device):
                 told = [f"{classes[label]} {share:.1%}" for label, share in zip(labels, shares)]
                 print("  ".join([paths[number], *told]), flush=True)
     if shown < len(paths) or not paths:
-        stop(f"{len(paths) - shown} of {len(paths)} pictures cannot be decoded")
+        stop(f"only {shown} of {len(paths)} pictures could be classified")
 
 
 # ---- several processes, under torchrun; a single one passes through unchanged --------------------
@@ -950,7 +950,7 @@ def run():
     try:
         return main()
     except KeyboardInterrupt:
-        print("error: interrupted; --resume goes on after the last saved epoch", file=sys.stderr)
+        print("error: interrupted; --resume goes on after the last epoch saved", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError:
         stop("the memory of the GPU is full; give a smaller --batch-size (with --resume, to go on)")

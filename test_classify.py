@@ -770,7 +770,7 @@ def test_undecodable_files_are_named_and_left_out_of_training_and_of_every_figur
     os.mkdir("empty")
     assert "0" in error(run("--predict", "empty", "--output", "out"))
     predicted = run("--predict", "pictures/val", "--output", "out")
-    assert len(predicted.out.splitlines()) == 6 and "10 of 16" in error(predicted)
+    assert len(predicted.out.splitlines()) == 6 and "6 of 16" in error(predicted)
     missing = run("--predict", val[0], "nowhere.png", "--output", "out")
     assert missing.out == "" and "nowhere.png" in error(missing)
     for path in Path("pictures", "val", "b").iterdir():  # now nothing in it decodes
@@ -805,7 +805,7 @@ def test_a_resumed_run_refuses_other_pictures_but_finds_the_same_ones_elsewhere(
         result = run("--resume", "--data", f"{name}/", "--epochs", 4)
         assert result.code == 0 if name == "same" else name in error(result)
     for flags in (["--weights", "imagenet"], ["--freeze"], ["--image-size", 64], ["--epochs", "2"]):
-        assert flags[0][2:].replace("-", "_") in error(run("--resume", *flags), code=2)
+        assert flags[0] in error(run("--resume", *flags), code=2)
     assert run("--resume", "--weights", "auto").code == 0 and len(rows("checkpoint")) == 4
     assert "nowhere" in error(run("--resume", "--output", "nowhere"))
 
