@@ -393,8 +393,7 @@ def read_named(name):
             warn(f"{problem}\n\n    TRAINING ON DRAWN DIGITS, which say little of photos\n")
             name = "digits"
     if name == "digits":
-        train = draw_digits(5000, seed=0)
-        test = draw_digits(1000, seed=1)
+        train, test = (draw_digits(count, seed) for count, seed in ((5000, 0), (1000, 1)))
     images = torch.from_numpy(np.concatenate([train.data, test.data])).permute(0, 3, 1, 2)
     labels = np.array([*train.targets, *test.targets], dtype=np.int64)
     parts = np.where(np.arange(len(labels)) < len(train.targets), "train", "test")
@@ -754,8 +753,9 @@ def save(path, checkpoint):
 def write_log(path, history):
     """Write log.csv, a row for each validated epoch; warn if another program holds it open."""
     try:
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with open(path.with_name("unfinished.tmp"), "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([history[0].keys(), *(row.values() for row in history)])
+        os.replace(file.name, path)
     except OSError as error:
         warn(f"cannot write {path} ({error.strerror}); nothing is lost: --resume writes it, too")
 
