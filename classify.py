@@ -383,8 +383,7 @@ def read_named(name):
     if name != "digits":
         dataset = datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
         try:
-            train = dataset("data", train=True, download=True)
-            test = dataset("data", train=False, download=True)
+            train, test = (dataset("data", train=x, download=True) for x in (True, False))
             name = dataset.__name__.lower()
         except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: a wrong checksum
             problem = f"{dataset.__name__} is not in ./data and cannot be downloaded ({error})"
@@ -741,13 +740,14 @@ def save(path, checkpoint):
 
     Raises OSError.
     """
-    file = io.BytesIO()  # so that a full disk is an OSError, which torch.save would change
-    torch.save(checkpoint, file)
-    with open(path.with_name("unfinished.tmp"), "wb") as target:
-        target.write(file.getvalue())
-        target.flush()
-        os.fsync(target.fileno())
-    os.replace(target.name, path)
+    with open(path.with_name("unfinished.tmp"), "wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # its context: the OSError, for example of a full disk
+            raise (error.__context__ or error) from None
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
 
 
 def write_log(path, history):
