@@ -7,7 +7,6 @@ import contextlib
 import copy
 import csv
 import hashlib
-import http.server
 import inspect
 import io
 import multiprocessing
@@ -23,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,13 +39,14 @@ import classify
 
 HERE = str(Path(__file__).parent)
 README = Path(HERE, "README.md").read_text("utf-8")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="a fork server, signals, /dev/shm")
 SMALL = "--image-size 32 --batch-size 8 --epochs 1 --weights none --device cpu --workers 0".split()
 TURNED = b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\5\0\0\0\0\0\0\0"  # orientation 5
 
 
 @pytest.fixture(scope="session", autouse=True)
 def offline():
-    """Nothing comes from a network or from this machine's cache of weights."""
+    """Nothing is taken from a network or this machine's cache of weights, all is in /dev/shm."""
     with contextlib.suppress(OSError):  # memory is faster than a disk, if there is enough
         tempfile.tempdir = "/dev/shm" if shutil.disk_usage("/dev/shm").free > 4 << 30 else None
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as cache:
@@ -61,6 +62,7 @@ def folder(monkeypatch):
     """Each test works in an empty folder; processes and settings that it leaves are undone."""
     with tempfile.TemporaryDirectory() as name:
         monkeypatch.chdir(name)
+        torch.manual_seed(0)
         yield Path(name)
         monkeypatch.undo()
         for process in multiprocessing.active_children():
@@ -94,9 +96,8 @@ def train(*argv, output="out"):
             seen["bias"] = layer.fc.bias.detach().clone()
             seen["trained" if layer.training else "evaluated"].append(inputs[0].detach().clone())
 
-    handle = nn.modules.module.register_module_forward_pre_hook(note)
-    result = run(*SMALL, "--output", output, *argv)
-    handle.remove()
+    with nn.modules.module.register_module_forward_pre_hook(note):
+        result = run(*SMALL, "--output", output, *argv)
     return SimpleNamespace(**vars(result), **seen, output=Path(output), argv=argv)
 
 
@@ -118,8 +119,6 @@ def child(argv, cwd, files, variables):
 
 
 def start(*argv, cwd=".", name="", variables=None):
-    if sys.platform != "linux":
-        pytest.skip("needs signals and sessions")
     files = [Path(cwd, f"{kind}{name}.txt").absolute() for kind in ("out", "err")]
     variables = {**os.environ, **(variables or {})}
     args = [str(arg) for arg in argv], os.path.abspath(cwd), files, variables
@@ -131,7 +130,7 @@ def start(*argv, cwd=".", name="", variables=None):
     return process
 
 
-def torchrun(count, *argv, cwd=None, run_id="test", restarts=0):
+def as_torchrun(count, *argv, cwd=None, run_id="test", restarts=0):
     with socket.create_server(("127.0.0.1", 0)) as free:
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
     common |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "TORCHELASTIC_RUN_ID": run_id}
@@ -145,9 +144,9 @@ def torchrun(count, *argv, cwd=None, run_id="test", restarts=0):
 
 
 def until(happened, process):
-    while process.is_alive() and not happened():
+    while not (seen := happened()) and process.is_alive():
         process.join(0.002)
-    return happened()
+    return seen
 
 
 def end(process):
@@ -163,10 +162,9 @@ def noise(*seed, side=32):
 def paint(counts, root="pictures"):
     for name, count in counts.items():
         path = Path(root, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         for number in range(count):
-            Image.fromarray(noise(*path.name.encode(), number)).save(path / f"{number}.png")
+            Image.fromarray(noise(*name.encode(), number)).save(path / f"{number}.png")
 
 
 def rows(output="out"):
@@ -369,7 +367,7 @@ def test_mistakes_and_predictions_are_those_of_the_best_weights(followed):
         ImageDraw.Draw(tile).text((0, 194), words, "white", ImageFont.load_default(13))
         assert np.array_equal(sheet[:240, 200 * number : 200 * (number + 1)], np.asarray(tile))
     paths = [str(followed.root / file) for file in files]
-    result = run("--predict", *paths, "--output", followed.output)
+    result = run("--predict", *paths, "--output", followed.output, "--device", "cpu")
     assert (result.code, result.err) == (0, "")
     for line, path, row in zip(result.out.splitlines(), paths, shares, strict=True):
         assert line.startswith(path + "  ")
@@ -429,10 +427,9 @@ def pack_cifar(name, official, labels_key):
 @pytest.fixture
 def cifar(folder, monkeypatch):
     """A function that sets how the server of both CIFAR sets answers: 60 pictures and 9 to test."""
-    handler = http.server.SimpleHTTPRequestHandler  # of this folder
     packed = [pack_cifar("cifar10", datasets.CIFAR10, "labels")]
     packed.append(pack_cifar("cifar100", datasets.CIFAR100, "fine_labels"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:  # of the folder
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
 
         def answers(how):
@@ -457,7 +454,7 @@ def test_a_set_by_name_is_downloaded_once_and_its_pictures_get_to_the_network(ci
     val = sorted(parts["val"])
     for images, places in zip(result.evaluated, (val, range(60, 69)), strict=True):
         pixels = torch.from_numpy(np.stack([cifar_picture(name, place) for place in places]))
-        pixels = v2.functional.resize(pixels.permute(0, 3, 1, 2), [size, size], 3)
+        pixels = v2.functional.resize(pixels.permute(0, 3, 1, 2), [size] * 2, Image.BICUBIC)
         expected = normalized(pixels.permute(0, 2, 3, 1).numpy())
         torch.testing.assert_close(images.contiguous(), expected, rtol=0, atol=1e-5)
     trained = torch.cat(result.trained)
@@ -475,7 +472,7 @@ def test_a_set_by_name_is_downloaded_once_and_its_pictures_get_to_the_network(ci
 @pytest.mark.parametrize("how", ["nothing", "half", "rubbish"])
 def test_a_failed_download_is_an_error_and_the_next_run_starts_it_again(cifar, how, monkeypatch):
     waits, timeout = [], socket.setdefaulttimeout
-    monkeypatch.setattr(socket, "setdefaulttimeout", lambda s: [waits.append(s), timeout(0.3)])
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda s: [waits.append(s), timeout(s)])
     cifar(how)
     for name in ("CIFAR100", "CIFAR10", "CIFAR10"):  # again: nothing left is taken for whole
         assert name in error(run("--data", name.lower())) and 0 < waits[-1] <= 30
@@ -506,7 +503,7 @@ def test_auto_is_cifar10_or_digits_with_a_warning_that_cannot_be_overlooked(cifa
 UNUSABLE = """--epochs 0|--epochs x|--batch-size 1|--lr 0|--lr nan|--lr inf|--lr -1|--image-size 0
 --patience -1|--workers -1|--seed -1|--seed 99999999999999999999|--validate-every 0
 --weights some|--device tpu|--mist|--predict""".replace("\n", "|").split("|")
-UNUSABLE += [] if torch.cuda.is_available() else ["--device cuda"]
+UNUSABLE += [] if shutil.which("nvidia-smi") else ["--device cuda"]
 
 
 @pytest.fixture(scope="module")
@@ -563,8 +560,8 @@ def test_what_is_left_unsaid_is_chosen_as_the_readme_says():
     assert [x.image_size for x in flags] == [32, 32, 224]
 
 
+@linux
 def test_workers_are_no_more_than_processors_and_shared_memory_have_room_for(monkeypatch):
-    pytest.importorskip("resource")  # not on Windows
     assert chosen(10**4).workers == 0 == chosen(10, files=True).workers
     for number in (1, 2, 7, 20):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=number: range(n))
@@ -580,7 +577,6 @@ def cache_weights(home):
     """Put weights where torch looks for ImageNet's; return them and their file."""
     file = Path(home, "hub", "checkpoints", "resnet18-f37072fd.pth")
     file.parent.mkdir(parents=True)
-    torch.manual_seed(0)
     model = models.resnet18()
     model(torch.randn(4, 3, 32, 32))  # moves the running statistics
     torch.save(model.state_dict(), file)
@@ -636,15 +632,14 @@ def test_patience_ends_a_run_the_best_weights_are_tested_and_epochs_alone_do_not
     assert classify.validations_since_best(history) == 2
 
 
-def test_without_output_a_run_is_in_checkpoint_and_an_earlier_one_is_moved_aside(finished):
+def test_a_run_is_in_checkpoint_an_earlier_one_moved_aside_and_compile_saves_alike(finished):
     assert [len(images) for images in finished.trained] == [8] * 9  # a single last one is no batch
     shutil.copytree(finished.output, "checkpoint")
     flags = [*SMALL, *finished.argv, "--epochs", 1]
     assert os.path.join("checkpoint", "previous") in run(*flags).out
     for path in finished.output.iterdir():
         assert Path("checkpoint", "previous", path.name).read_bytes() == path.read_bytes()
-    assert len(rows("checkpoint")) == 1
-    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError):
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="comp"):
         run(*flags, "--compile")
     with torch.compiler.set_stance("force_eager"):  # so that nothing is compiled
         assert run(*flags, "--compile").code == 0
@@ -662,17 +657,17 @@ GOOD = {
     "output": ({"a": 5, "b": 5, "runs/out/c": 3}, [6, 2, 2]),
 }
 REFUSED = {
-    "missing": ({}, "pictures"),
-    "one class": ({"a": 12}, "a"),
+    "missing": ({}, "photos"),
+    "one class": ({"a": 12}, "a is"),
     "an empty class": ({"a": 12, "b": 0}, "b"),
     "too few to split": ({"a": 12, "b": 2, "c": 1}, "3 pictures.* b, c"),
-    "no classes": ({"train": 5, "val": 5}, "train, val"),
-    "flat parts, one of another name": ({"train": 5, "test1": 5}, "test1"),
-    "a test without classes": ({**T, "test": 5}, "test"),
-    "a class called test": ({"a": 5, "b": 5, "test": 5}, "a, b"),
-    "val twice": ({**T, "val/a": 1, "val/b": 1, "valid/a": 1, "valid/b": 1}, "valid"),
-    "a class in train only": ({**T, "test/a": 5}, "test/b"),
-    "parts in each class": ({"nut/Train": 5, "nut/x": 5, "c/Train": 5, "c/y": 5}, "Train"),
+    "no classes": ({"train": 5, "val": 5}, "train, val is"),
+    "flat parts, one of another name": ({"train": 5, "test1": 5}, "test1 is"),
+    "a test without classes": ({**T, "test": 5}, "test is"),
+    "a class called test": ({"a": 5, "b": 5, "test": 5}, "a, b is"),
+    "val twice": ({**T, "val/a": 1, "val/b": 1, "valid/a": 1, "valid/b": 1}, "valid is"),
+    "a class in train only": ({**T, "test/a": 5}, "test/b is"),
+    "parts in each class": ({"nut/Train": 5, "nut/x": 5, "c/Train": 5, "c/y": 5}, "Train is"),
 }
 
 
@@ -686,11 +681,10 @@ def test_layouts_that_people_have_are_understood(counts, sizes, capsys):
 
 @pytest.mark.parametrize("counts, named", REFUSED.values(), ids=REFUSED)
 def test_unclear_layouts_are_refused_in_words_that_name_the_odd_folder(counts, named):
-    paint(counts)
-    line = error(run("--data", "pictures"))
-    assert re.search(rf"\b{named}\b", line) and "pictures" in line
-    if not re.search("3 pictures|decoded|No such", line):
-        assert "DIR/CLASS/" in line and "DIR/train/CLASS/" in line
+    paint(counts, "photos")
+    line = error(run("--data", "photos"))
+    assert re.search(rf"\b{named}\b", line) and "photos" in line
+    assert re.search("3 pictures|decoded|Err|DIR/CLASS/.*DIR/train/CLASS/", line)
 
 
 def test_what_is_left_out_or_may_not_be_the_classes_is_said_in_a_warning(capsys):
@@ -756,10 +750,12 @@ def test_undecodable_files_are_named_and_left_out_of_training_and_of_every_figur
     paths = [Path("pictures", part, "b", name) for part in ("train", "val", "test") for name in bad]
     for path in paths:
         path.write_bytes(bad[path.name])
-    result = train("--data", "pictures", "--epochs", 2)
+    result = train("--data", "pictures/", "--epochs", 2)
     assert result.code == 0 and " of 6)" in result.out and not Path("started").exists(), result
     for path in paths:
-        assert len(re.findall(rf"^warning: {re.escape(str(path))} .*: .", result.err, re.M)) == 1
+        assert (
+            len(re.findall(rf"^warning: {re.escape(path.as_posix())} .*: .", result.err, re.M)) == 1
+        )
     val = sorted(Path("pictures", "val").rglob("?.png"))
     labels = np.array(["ab".index(path.parent.name) for path in val])
     arrays = [np.asarray(Image.open(path)) for path in val]
@@ -769,14 +765,15 @@ def test_undecodable_files_are_named_and_left_out_of_training_and_of_every_figur
     files = classify.PictureFiles([paths[0], *val[:1] * 299], range(300), 32, replace=True)
     assert [files[place][1] for place in (0, 299)] == [classify.PRIME % 300, 299]
     os.mkdir("empty")
-    assert "0" in error(run("--predict", "empty", "--output", "out"))
-    predicted = run("--predict", "pictures/val", "--output", "out")
-    assert len(predicted.out.splitlines()) == 6 and "6 of 16" in error(predicted)
+    assert "0 of 0" in error(run("--predict", "empty", "--output", "out"))
+    predicted = run("--predict", "pictures/val/", "--output", "out")
+    named = [line.split("  ")[0] for line in predicted.out.splitlines()]
+    assert named == [path.as_posix() for path in val] and "6 of 16" in error(predicted)
     missing = run("--predict", val[0], "nowhere.png", "--output", "out")
     assert missing.out == "" and "nowhere.png" in error(missing)
     for path in Path("pictures", "val", "b").iterdir():  # now nothing in it decodes
         path.write_bytes(b"\0\0\0\x18ftypheic")
-    assert re.search("class b cannot be decoded .*jpg", error(run("--data", "pictures")))
+    assert re.search("class b cannot be decoded .*ff.jpg", error(run("--data", "pictures")))
 
 
 def test_a_resumed_run_refuses_other_pictures_but_finds_the_same_ones_elsewhere(finished):
@@ -792,7 +789,7 @@ def test_a_resumed_run_refuses_other_pictures_but_finds_the_same_ones_elsewhere(
         Path(name, "notes.txt").write_text("no picture")
         os.renames(Path(name, old), Path(name, new))
         result = run("--resume", "--data", f"{name}/", "--weights", "auto", "--epochs", 4)
-        assert result.code == 0 if name == "same" else name in error(result)
+        assert result.code == 0 if name == "same" else f"{name}: files" in error(result)
     for flags in (["--weights", "imagenet"], ["--freeze"], ["--image-size", 64], ["--epochs", "2"]):
         assert flags[0] in error(run("--resume", *flags), code=2)
     assert len(rows("checkpoint")) == 4
@@ -808,9 +805,11 @@ def test_twenty_thousand_classes_need_no_table_of_pictures_by_classes():
     results = classify.evaluate(model, batches)
     lines = classify.report(*results[1:3], [str(label) for label in range(20000)])
     assert len(lines) > 20000 and "of 20000)" in lines[0]
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kB
+    limit = 400 << (20 if sys.platform == "darwin" else 10)  # macOS counts bytes, others kB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < limit
 
 
+@linux
 def test_killed_interrupted_or_without_its_files_a_resumed_run_ends_in_the_same_bits(early):
     shutil.copytree(early.argv[1], "drive")
     flags = [*SMALL, *early.argv, "--patience", 0, "--epochs", 6]
@@ -823,15 +822,15 @@ def test_killed_interrupted_or_without_its_files_a_resumed_run_ends_in_the_same_
     os.rename("drive", "unplugged")
     assert re.search(r"drive/.*/(a|b猫)/.*png cannot be read.*--resume", error(end(process)))
     os.rename("unplugged", "drive")
-    for killed in (True, False):
+    for number in (signal.SIGINT, signal.SIGKILL):  # just when last.pth is new, not yet the others
+        saved = os.path.getmtime("out/last.pth")
         process = start("--resume", "--output", "out")
-        saving = Path("out", "unfinished.tmp").exists
-        assert until(saving if killed else lambda: len(rows()) == 2, process)
-        os.kill(process.pid, signal.SIGKILL if killed else signal.SIGINT)
+        assert until(lambda saved=saved: os.path.getmtime("out/last.pth") > saved, process)
+        os.kill(process.pid, number)
         result = end(process)
+        assert result.code == -signal.SIGKILL or "--resume" in error(result, code=130)
         assert all(load(path) for path in Path("out").glob("*.pth"))
         assert len(list(Path("out").glob("*.tmp"))) <= 1
-    assert "--resume" in error(result, code=130) and "flags " in result.out  # of Ctrl-C
     assert end(start("--resume", "--output", "out")).code == 0
     assert "classes: a, b\\u732b" in whole.communicate()[0] and whole.returncode == 0
     assert_same_run("out", "whole")
@@ -842,38 +841,38 @@ def test_killed_interrupted_or_without_its_files_a_resumed_run_ends_in_the_same_
     assert rows("killed") == rows()[-1:]
 
 
+@linux
 def test_two_machines_train_restart_and_resume_and_one_or_three_processes_go_on(monkeypatch):
     monkeypatch.setenv("TORCH_HOME", "cache")
     machines = ["first", "second"]
-    paint({"first": 0, "second": 0}, ".")
+    paint({"first": 0, "second": 0, "pictures/a": 0, "pictures/b": 0}, ".")
     cache_weights("first/cache")  # the second machine has none
     for label, number in np.ndindex(2, 15):  # of one colour: augmentation does not change them
-        path = Path("pictures", "ab"[label], f"{number}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), (99 * label, 17 * number, 100)).save(path)
+        image = Image.new("RGB", (32, 32), (99 * label, 17 * number, 100))
+        image.save(f"pictures/{'ab'[label]}/{number}.png")
     flags = [*SMALL, "--data", os.path.abspath("pictures"), "--batch-size", 6, "--epochs", 2]
     flags += ["--weights", "imagenet", "--freeze"]  # batch-norm does not change them either
-    assert end(start(*flags, "--output", "alone", cwd="first")).code == 0
-    whole = [end(x) for x in torchrun(2, *flags, "--output", "whole", cwd=machines)]
-    assert [result.code for result in whole] == [0, 0] and "processes: 2" in whole[0].out
+    single = start(*flags, "--output", "alone", cwd="first")
+    whole = [end(x) for x in as_torchrun(2, *flags, "--output", "whole", cwd=machines)]
+    assert [x.code for x in [*whole, end(single)]] == [0] * 3 and "processes: 2" in whole[0].out
     assert whole[1].out == "" and whole[0].out.count("epoch 1/2") == 1
     alone, shared = (load(f"first/{name}/last.pth")[1]["fc.weight"] for name in ("alone", "whole"))
     assert (alone - shared).norm() < 0.01  # the gradients are averaged; of one process: 0.2
-    processes = torchrun(2, *flags, "--output", "out", cwd=machines)
-    assert until(lambda: len(rows("first/out")) == 1, processes[0])
+    processes = as_torchrun(2, *flags, "--output", "out", cwd=machines)
+    assert until(lambda: rows("first/out"), processes[0])
     for process in processes:  # torchrun ends the others when one is lost
         process.kill()
         process.join()
-    again = torchrun(2, *flags, "--output", "out", cwd=machines, restarts=1)
+    again = as_torchrun(2, *flags, "--output", "out", cwd=machines, restarts=1)
     assert [end(process).code for process in again] == [0, 0]
     assert_same_run("first/out", "first/whole")
     assert sorted(path.name for path in Path("second").iterdir()) == ["err1.txt", "out1.txt"]
     resume = "--resume", "--output", "first/out"
     pairs = [(whole[0], run("--resume", "--output", "first/whole"))]
-    other = torchrun(1, *flags, "--output", "whole", restarts=1, run_id="another", cwd=["first"])
-    pairs += [(end(torchrun(3, *resume, "--epochs", 3)[0]), run(*resume))]
-    for several, single in pairs:
-        assert re.search("test accuracy.*", several.out)[0] in single.out
+    other = as_torchrun(1, *flags, "--output", "whole", restarts=1, run_id="another", cwd=["first"])
+    pairs += [(end(as_torchrun(3, *resume, "--epochs", 3)[0]), run(*resume))]
+    for several, one in pairs:
+        assert re.search("test accuracy.*", several.out)[0] in one.out
     assert run(*resume, "--epochs", 4).code == 0 and len(rows("first/out")) == 4
     assert "is now in" in end(other[0]).out and len(rows("first/whole")) == 2  # begins anew
 
@@ -946,7 +945,7 @@ def test_the_loops_can_be_lifted_out_alone_and_do_what_plain_ones_do():
         losses += [loss.item()] * len(targets)
         for weight, slope in zip(plain.parameters(), torch.autograd.grad(loss, plain.parameters())):
             weight.data -= 0.1 * 0.9**step * slope
-    assert mean == pytest.approx(np.mean(losses))
+    assert mean == pytest.approx(np.mean(losses), rel=1e-5)
     torch.testing.assert_close(model.state_dict(), plain.state_dict())
     labels[3] = -100
     loss, true, predictions, confidences = space["evaluate"](model, batches)
@@ -968,6 +967,7 @@ def edits():
 @pytest.mark.parametrize("changes", edits())
 def test_each_edit_of_the_readme_is_one_place_and_runs(changes):
     source = Path(classify.__file__).read_text("utf-8")
+    assert changes
     for old, new in changes:
         assert source.count(old) == 1, f"not in one place: {old}"
         source = source.replace(old, new)
@@ -984,7 +984,7 @@ def test_each_edit_of_the_readme_is_one_place_and_runs(changes):
 def test_the_readmes_way_to_use_the_weights_elsewhere_says_what_predict_says(finished):
     [code] = [c for c in re.findall(r"```python\n(.*?)```", README, re.S) if "load_state_dict" in c]
     checkpoint, state = load(finished.output / "best_model.pth")
-    state.update({"fc.weight": torch.randn(5, 512), "fc.bias": torch.randn(5)})
+    state.update({"fc.weight": torch.randn(5, 512) / 20, "fc.bias": torch.randn(5)})
     Path("checkpoint").mkdir()
     torch.save({**checkpoint, "classes": list("abcde")}, "checkpoint/best_model.pth")
     clear = Image.fromarray(np.dstack([noise(3, side=90), noise(4, side=90)[..., :1]])[:70])
@@ -994,7 +994,7 @@ def test_the_readmes_way_to_use_the_weights_elsewhere_says_what_predict_says(fin
         with contextlib.redirect_stdout(io.StringIO()):
             exec(code.replace("photo.jpg", "photo.png"), space)
         shares = space["logits"][0].detach().softmax(0)
-        told = run("--predict", "photo.png").out.split("  ")[1:]
+        told = run("--predict", "photo.png", "--device", "cpu").out.split("  ")[1:]
         for text, share, label in zip(told, *shares.topk(3), strict=True):
             assert text[0] == "abcde"[label]
             assert float(text[1:].rstrip("%\n")) == pytest.approx(100 * share, abs=0.5)
