@@ -130,7 +130,7 @@ def start(*argv, cwd=".", name="", variables=None):
     return process
 
 
-def as_torchrun(count, *argv, cwd=None, run_id="test", restarts=0):
+def as_torchrun(count, *argv, cwd=(".", ".", "."), run_id="test", restarts=0):
     with socket.create_server(("127.0.0.1", 0)) as free:
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
     common |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "TORCHELASTIC_RUN_ID": run_id}
@@ -138,8 +138,7 @@ def as_torchrun(count, *argv, cwd=None, run_id="test", restarts=0):
     for rank in range(count):
         own = {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RESTART_COUNT": restarts}
         variables = {key: str(value) for key, value in {**common, **own}.items()}
-        place = cwd[rank] if cwd else "."
-        processes.append(start(*argv, cwd=place, name=rank, variables=variables))
+        processes.append(start(*argv, cwd=cwd[rank], name=rank, variables=variables))
     return processes
 
 
@@ -242,7 +241,7 @@ def followed():
         for label, number in np.ndindex(3, 20):
             pixels = noise(label, number, side=64)
             pixels[..., 0] = 4 * (20 * label + number)
-            ending = "JPG" if number % 10 == 9 else "png"
+            ending = "JPEG" if number % 10 == 9 else "png"
             file = f"{CLASSES[label]}/{'deep/' * (label + number == 1)}{number:02}.{ending}"
             (root / file).parent.mkdir(parents=True, exist_ok=True)
             exif = Image.Exif()
@@ -464,7 +463,6 @@ def test_a_set_by_name_is_downloaded_once_and_its_pictures_get_to_the_network(ci
     if size == 32:
         arrays = [cifar_picture(name, place) for place in val]
         assert_row(rows()[0], load("out/last.pth")[1], arrays, np.array(val) % 3)
-    assert load("out/best_model.pth")[0]["classes"] == [f"{name} {label}" for label in "abc"]
     cifar("nothing")
     assert read_data("--data", name).classes == [f"{name} {label}" for label in "abc"]
 
@@ -494,6 +492,7 @@ def test_auto_is_cifar10_or_digits_with_a_warning_that_cannot_be_overlooked(cifa
     assert [len(part) for part in data[1:4]] == [4500, 500, 1000]
     assert set(data.val.tensors[1].bincount().tolist()) == {50} and data.classes == [*"0123456789"]
     everything = torch.cat([part.tensors[0] for part in data[1:4]]).flatten(1)
+    assert everything[:, ::32].min() > 99  # no digit reaches the left
     assert len(everything.unique(dim=0)) == 6000 and data.fingerprint == "digits"
     args = classify.choose_defaults(classify.parse_args([])[0], data, torch.device("cpu"), 1)
     assert (args.weights, args.mirror) == ("none", False)
@@ -633,23 +632,25 @@ def test_patience_ends_a_run_the_best_weights_are_tested_and_epochs_alone_do_not
 
 
 def test_a_run_is_in_checkpoint_an_earlier_one_moved_aside_and_compile_saves_alike(finished):
-    assert [len(images) for images in finished.trained] == [8] * 9  # a single last one is no batch
-    shutil.copytree(finished.output, "checkpoint")
+    assert [len(x) for x in finished.trained] == [
+        8
+    ] * 9 and " of 12)" in finished.out  # 25 = 24 + 1
+    shutil.copytree(finished.output, "checkpoint", ignore=shutil.ignore_patterns("last.pth"))
     flags = [*SMALL, *finished.argv, "--epochs", 1]
     assert os.path.join("checkpoint", "previous") in run(*flags).out
-    for path in finished.output.iterdir():
+    for path in set(finished.output.iterdir()) - {finished.output / "last.pth"}:
         assert Path("checkpoint", "previous", path.name).read_bytes() == path.read_bytes()
     with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="comp"):
         run(*flags, "--compile")
     with torch.compiler.set_stance("force_eager"):  # so that nothing is compiled
-        assert run(*flags, "--compile").code == 0
+        assert not Path("checkpoint/last.pth").exists() and run(*flags, "--compile").code == 0
     assert_same(load("checkpoint/last.pth")[1], load("checkpoint/previous/last.pth")[1])
     assert len(rows("checkpoint/previous")) == 1  # one run back is kept
 
 
 T = {"train/a": 5, "train/b": 5}
 GOOD = {
-    "classes": ({"a": 16, "b": 14}, [24, 3, 3]),
+    "classes": ({"a": 25, "b": 16}, [33, 4, 4]),
     "parts": ({**T, "test/a": 1, "test/b": 2, "validation/a": 1, "validation/b": 1}, [10, 2, 3]),
     "other names": ({"Training/a": 3, "Training/b": 2, "VALID/a": 1, "VALID/b": 1}, [3, 2, 2]),
     "any depth": ({"a/x/y": 5, "a/z": 5, "b": 10}, [16, 2, 2]),
@@ -657,7 +658,7 @@ GOOD = {
     "output": ({"a": 5, "b": 5, "runs/out/c": 3}, [6, 2, 2]),
 }
 REFUSED = {
-    "missing": ({}, "photos"),
+    "missing": ({}, "(No such|cannot find)"),
     "one class": ({"a": 12}, "a is"),
     "an empty class": ({"a": 12, "b": 0}, "b"),
     "too few to split": ({"a": 12, "b": 2, "c": 1}, "3 pictures.* b, c"),
@@ -673,8 +674,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("counts, sizes", GOOD.values(), ids=GOOD)
 def test_layouts_that_people_have_are_understood(counts, sizes, capsys):
-    paint(counts)
-    data = read_data("--data", "pictures", "--output", os.path.abspath("pictures/runs/out"))
+    paint(counts, "my/digits")
+    data = read_data("--data", "my/digits", "--output", os.path.abspath("my/digits/runs/out"))
     assert [len(part) for part in data[1:4]] == sizes and data.classes == ["a", "b"]
     assert capsys.readouterr().err == ""
 
@@ -717,7 +718,6 @@ def test_pictures_of_any_kind_enter_upright_as_rgb_white_where_they_are_transpar
         ("broken.png", photo, {"exif": b"Exif\0\0II*\0\xff\xff"}, photo),
         ("grey.png", grey, {}, grey),
         ("16 bits.png", deep, {}, grey),
-        ("16 bits.tif", deep, {}, grey),
         ("palette.gif", few, {}, few),
         ("alpha.png", clear, {}, np.where(ink[..., None], noise(7), 255)),
         ("alpha.webp", drawn, {"lossless": True}, black),
@@ -762,10 +762,9 @@ def test_undecodable_files_are_named_and_left_out_of_training_and_of_every_figur
     assert_row(rows()[-1], load("out/last.pth")[1], arrays, labels)
     trained = torch.cat(result.trained)
     assert len(trained) == 2 * 18 and (trained.std((1, 2, 3)) > 0.5).all()  # others in their place
-    files = classify.PictureFiles([paths[0], *val[:1] * 299], range(300), 32, replace=True)
-    assert [files[place][1] for place in (0, 299)] == [classify.PRIME % 300, 299]
-    os.mkdir("empty")
-    assert "0 of 0" in error(run("--predict", "empty", "--output", "out"))
+    few = [val[0] if place in (1, classify.PRIME % 300) else paths[0] for place in range(300)]
+    files = classify.PictureFiles(few, range(300), 32, replace=True)
+    assert files[0][1] == classify.PRIME % 300 and files[2][1] > 0
     predicted = run("--predict", "pictures/val/", "--output", "out")
     named = [line.split("  ")[0] for line in predicted.out.splitlines()]
     assert named == [path.as_posix() for path in val] and "6 of 16" in error(predicted)
@@ -804,7 +803,7 @@ def test_twenty_thousand_classes_need_no_table_of_pictures_by_classes():
     batches = ((torch.arange(n, n + 100), labels[n : n + 100]) for n in range(0, 20000, 100))
     results = classify.evaluate(model, batches)
     lines = classify.report(*results[1:3], [str(label) for label in range(20000)])
-    assert len(lines) > 20000 and "of 20000)" in lines[0]
+    assert len(lines) > 20000 and "of 20000)" in lines[0] and "nan" not in "".join(lines)
     limit = 400 << (20 if sys.platform == "darwin" else 10)  # macOS counts bytes, others kB
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < limit
 
@@ -812,7 +811,7 @@ def test_twenty_thousand_classes_need_no_table_of_pictures_by_classes():
 @linux
 def test_killed_interrupted_or_without_its_files_a_resumed_run_ends_in_the_same_bits(early):
     shutil.copytree(early.argv[1], "drive")
-    flags = [*SMALL, *early.argv, "--patience", 0, "--epochs", 6]
+    flags = [*SMALL, *early.argv, *"--patience 0 --epochs 6 --seed 5 --no-mirror".split()]
     # the whole run as a script, in a terminal that knows ASCII alone
     command = [sys.executable, classify.__file__, *map(str, flags), "--output", "whole"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
@@ -831,7 +830,7 @@ def test_killed_interrupted_or_without_its_files_a_resumed_run_ends_in_the_same_
         assert result.code == -signal.SIGKILL or "--resume" in error(result, code=130)
         assert all(load(path) for path in Path("out").glob("*.pth"))
         assert len(list(Path("out").glob("*.tmp"))) <= 1
-    assert end(start("--resume", "--output", "out")).code == 0
+    assert end(start("--resume", "--output", os.path.abspath("out"), cwd="whole")).code == 0
     assert "classes: a, b\\u732b" in whole.communicate()[0] and whole.returncode == 0
     assert_same_run("out", "whole")
     saved, weights = load("out/last.pth")
@@ -988,13 +987,14 @@ def test_the_readmes_way_to_use_the_weights_elsewhere_says_what_predict_says(fin
     Path("checkpoint").mkdir()
     torch.save({**checkpoint, "classes": list("abcde")}, "checkpoint/best_model.pth")
     clear = Image.fromarray(np.dstack([noise(3, side=90), noise(4, side=90)[..., :1]])[:70])
-    for image, exif in ((Image.fromarray(noise(2, side=200)[:150]), TURNED), (clear, b"")):
-        image.save("photo.png", exif=exif)
+    turned = Image.fromarray(noise(2, side=200)[:150])
+    for name, image, exif in (("photo.jpg", turned, TURNED), ("photo.png", clear, b"")):
+        image.save(name, exif=exif)
         space = {}
         with contextlib.redirect_stdout(io.StringIO()):
-            exec(code.replace("photo.jpg", "photo.png"), space)
+            exec(code.replace("photo.jpg", name), space)
         shares = space["logits"][0].detach().softmax(0)
-        told = run("--predict", "photo.png", "--device", "cpu").out.split("  ")[1:]
+        told = run("--predict", name, "--device", "cpu").out.split("  ")[1:]
         for text, share, label in zip(told, *shares.topk(3), strict=True):
             assert text[0] == "abcde"[label]
             assert float(text[1:].rstrip("%\n")) == pytest.approx(100 * share, abs=0.5)
