@@ -183,7 +183,6 @@ def assert_same(one, other, but=()):
 
 
 def assert_same_run(output, other):
-    """Check that two runs ended in the same weights and figures, but for the speeds."""
     for row, same in zip(rows(output), rows(other), strict=True):
         assert list(row.values())[:5] == list(same.values())[:5]
     for name in ("last.pth", "best_model.pth"):
@@ -222,7 +221,6 @@ def plain_logits(state, arrays):
 
 
 def assert_row(row, state, arrays, labels):
-    """Check a row's validation figures against those weights and these pictures."""
     logits, labels = plain_logits(state, arrays), torch.as_tensor(labels)
     assert row["val_accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean())
     loss = nn.functional.cross_entropy(logits, labels)
@@ -625,8 +623,7 @@ def test_patience_ends_a_run_the_best_weights_are_tested_and_epochs_alone_do_not
         result = run("--resume", "--output", "out")
         assert "another run" in error(result) and "accuracy" not in result.out
         shutil.copy(early.output / "best_model.pth", "out")
-    # of equal accuracies the lower loss, then the first
-    scores = [(0.5, 1), (0.9, 3), (0.9, 2), (0.9, 2), (0.7, 1)]
+    scores = [(0.5, 1), (0.9, 3), (0.9, 2), (0.9, 2), (0.7, 1)]  # the lower loss, then the first
     history = [{"val_accuracy": accuracy, "val_loss": loss} for accuracy, loss in scores]
     assert classify.validations_since_best(history) == 2
 
@@ -667,6 +664,7 @@ REFUSED = {
     "a test without classes": ({**T, "test": 5}, "test is"),
     "a class called test": ({"a": 5, "b": 5, "test": 5}, "a, b is"),
     "val twice": ({**T, "val/a": 1, "val/b": 1, "valid/a": 1, "valid/b": 1}, "valid is"),
+    "one folder twice": (T, "train, val is"),
     "a class in train only": ({**T, "test/a": 5}, "test/b is"),
     "parts in each class": ({"nut/Train": 5, "nut/x": 5, "c/Train": 5, "c/y": 5}, "Train is"),
 }
@@ -683,6 +681,8 @@ def test_layouts_that_people_have_are_understood(counts, sizes, capsys):
 @pytest.mark.parametrize("counts, named", REFUSED.values(), ids=REFUSED)
 def test_unclear_layouts_are_refused_in_words_that_name_the_odd_folder(counts, named):
     paint(counts, "photos")
+    if counts is T:
+        os.symlink("train", "photos/val")
     line = error(run("--data", "photos"))
     assert re.search(rf"\b{named}\b", line) and "photos" in line
     assert re.search("3 pictures|decoded|Err|DIR/CLASS/.*DIR/train/CLASS/", line)
