@@ -131,6 +131,7 @@ def start(*argv, cwd=".", name="", variables=None):
 
 
 def as_torchrun(count, *argv, cwd=(".", ".", "."), run_id="test", restarts=0):
+    """Start the processes that torchrun would start."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
     common |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "TORCHELASTIC_RUN_ID": run_id}
@@ -183,6 +184,7 @@ def assert_same(one, other, but=()):
 
 
 def assert_same_run(output, other):
+    """Check that two runs ended in the same weights and figures, but for the speeds."""
     for row, same in zip(rows(output), rows(other), strict=True):
         assert list(row.values())[:5] == list(same.values())[:5]
     for name in ("last.pth", "best_model.pth"):
@@ -629,9 +631,8 @@ def test_patience_ends_a_run_the_best_weights_are_tested_and_epochs_alone_do_not
 
 
 def test_a_run_is_in_checkpoint_an_earlier_one_moved_aside_and_compile_saves_alike(finished):
-    assert [len(x) for x in finished.trained] == [
-        8
-    ] * 9 and " of 12)" in finished.out  # 25 = 24 + 1
+    assert [len(images) for images in finished.trained] == [8] * 9  # 25: a last single one is left
+    assert " of 12)" in finished.out  # out in training alone
     shutil.copytree(finished.output, "checkpoint", ignore=shutil.ignore_patterns("last.pth"))
     flags = [*SMALL, *finished.argv, "--epochs", 1]
     assert os.path.join("checkpoint", "previous") in run(*flags).out
@@ -753,9 +754,8 @@ def test_undecodable_files_are_named_and_left_out_of_training_and_of_every_figur
     result = train("--data", "pictures/", "--epochs", 2)
     assert result.code == 0 and " of 6)" in result.out and not Path("started").exists(), result
     for path in paths:
-        assert (
-            len(re.findall(rf"^warning: {re.escape(path.as_posix())} .*: .", result.err, re.M)) == 1
-        )
+        told = re.findall(rf"^warning: {re.escape(path.as_posix())} .*: .", result.err, re.M)
+        assert len(told) == 1
     val = sorted(Path("pictures", "val").rglob("?.png"))
     labels = np.array(["ab".index(path.parent.name) for path in val])
     arrays = [np.asarray(Image.open(path)) for path in val]
